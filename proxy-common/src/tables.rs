@@ -1,0 +1,1 @@
+//! The look-ups and writes that decisions need.
