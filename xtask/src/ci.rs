@@ -1,0 +1,24 @@
+//! `cargo xtask ci`: all checks in order. A failed one does not keep the others from running.
+
+use anyhow::Result;
+
+use crate::{lint, test, verify};
+
+/// Runs all checks; the last line printed holds the counts, in which a failed lint or verify counts as one failure.
+///
+/// Errors: one of them failed, which has been reported by then.
+pub fn run() -> Result<()> {
+    let stages: [(&str, fn() -> Result<()>); 2] =
+        [("cargo xtask lint", lint::run), ("cargo xtask verify", verify::run)];
+    let mut failed = Vec::new();
+    for (name, stage) in stages {
+        if let Err(error) = stage() {
+            eprintln!("error: {error:#}");
+            failed.push(name.to_owned());
+        }
+    }
+    test::run(&test::Args {
+        failed_before: failed,
+        ..Default::default()
+    })
+}
