@@ -92,6 +92,10 @@ impl Toolchain {
             .fold(cmd, Cmd::env_remove)
             .dir(workspace::bpf_crate())
             .env_quietly("PATH", run::search_path());
+        let cmd = cmd.env_quietly(
+            "LD_LIBRARY_PATH",
+            library_path(&env::var("LD_LIBRARY_PATH").unwrap_or_default()),
+        );
         let cmd = cmd.env("RUSTFLAGS", rustflags(&self.linker, env::consts::ARCH).join(" "));
         match self.kind {
             Kind::Nightly => cmd,
@@ -153,6 +157,15 @@ fn is_scrubbed(name: &str) -> bool {
         .any(|p| name.starts_with(p))
         || (name.starts_with("RUSTUP_") && name != "RUSTUP_TOOLCHAIN");
     (name.starts_with("CARGO") || name.starts_with("RUST")) && !kept
+}
+
+/// The library path without what the outer cargo put there: its compiler's LLVM must not be taken for the linker's.
+fn library_path(path: &str) -> String {
+    let is_cargos = |dir: &&str| dir.contains("/toolchains/") || dir.contains("/target/");
+    path.split(':')
+        .filter(|dir| !is_cargos(dir))
+        .collect::<Vec<_>>()
+        .join(":")
 }
 
 /// The kind that serves the choice, or `None` if what it asks for is not there.
@@ -390,6 +403,12 @@ mod tests {
             kept.iter().filter(|name| is_scrubbed(name)).collect::<Vec<_>>(),
             [""; 0].iter().collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn libraries_of_the_outer_compiler_are_not_searched() {
+        let path = "/src/target/debug/deps:/root/.rustup/toolchains/stable/lib:/opt/lib";
+        assert_eq!(library_path(path), "/opt/lib");
     }
 
     #[test]
