@@ -1,0 +1,405 @@
+//! The BPF object in the kernel: its maps, pinned and checked, and its programs, loaded and ready to be attached.
+//!
+//! A map that is already pinned is adopted if it is what the object declares, in every property; aya would take any.
+//! May touch: the pin directory of the layout, the kernel's BPF objects. Attaches nothing (`attach`), writes no entry (`maps`).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use aya::programs::{Program, ProgramError};
+use aya::{EbpfError, EbpfLoader};
+use aya_obj::EbpfSectionKind;
+
+use super::kfunc::{self, Kfunc};
+use super::pins::{self, Pins};
+use super::sys::{self, MapInfo};
+
+/// Why the datapath could not be brought into the kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The pin directory.
+    #[error(transparent)]
+    Pins(#[from] pins::Error),
+    /// The object's markers.
+    #[error(transparent)]
+    Kfunc(#[from] kfunc::Error),
+    /// What is pinned was made by another build or with other sizes.
+    #[error("what is pinned has another layout: {}", join(.0))]
+    Layout(Vec<Mismatch>),
+    /// The object cannot be parsed.
+    #[error("the BPF object is not readable")]
+    Object(#[source] aya_obj::ParseError),
+    /// The maps cannot be made, or the object does not fit together.
+    #[error("cannot load the BPF object")]
+    Load(#[source] Box<EbpfError>),
+    /// The verifier or the kernel refuses a program.
+    #[error("the kernel refuses the program {name}")]
+    Program {
+        /// Its name in the object.
+        name: String,
+        /// Kernel's answer with the verifier's log.
+        source: Box<ProgramError>,
+    },
+    /// The object lacks something that this agent was built for.
+    #[error("the BPF object has no {kind} named {name}")]
+    Missing {
+        /// "map" or "program".
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A system call on a map.
+    #[error("cannot {action} the map {name}")]
+    Map {
+        /// What was tried.
+        action: &'static str,
+        /// The map's name.
+        name: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A pinned map that is not what the object declares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    /// Map name.
+    pub map: String,
+    /// Property by which it differs.
+    pub property: &'static str,
+    /// As pinned.
+    pub pinned: u32,
+    /// As the object wants it.
+    pub wanted: u32,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} of {} is {}, wanted {}",
+            self.property, self.map, self.pinned, self.wanted
+        )
+    }
+}
+
+fn join(mismatches: &[Mismatch]) -> String {
+    mismatches
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+/// Capacities that an operator may choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Service ports.
+    pub services: u32,
+    /// Backends: endpoints of service ports.
+    pub backends: u32,
+    /// Connections by packets; each takes two or three entries.
+    pub flows: u32,
+}
+
+impl Sizes {
+    /// A service port may have a ClusterIP, a NodePort for each family and a few external addresses.
+    const FRONTENDS_PER_SERVICE: u32 = 4;
+    /// A backend can be in the cluster set and in the local set of its service, and ranges are rounded up when they grow.
+    const SLOTS_PER_BACKEND: u32 = 4;
+    /// Flow entries of a connection whose source is rewritten.
+    const ENTRIES_PER_FLOW: u32 = 3;
+
+    /// Capacities by map name; the other maps keep what the object says.
+    pub fn by_map(&self) -> Vec<(&'static str, u32)> {
+        vec![
+            ("services", self.services),
+            ("service_names", self.services),
+            ("service_counters", self.services),
+            ("frontends", self.services.saturating_mul(Self::FRONTENDS_PER_SERVICE)),
+            ("backends", self.backends),
+            ("slots", self.backends.saturating_mul(Self::SLOTS_PER_BACKEND)),
+            (
+                "addresses",
+                self.backends.saturating_add(self.services.saturating_mul(2)),
+            ),
+            ("flows", self.flows.saturating_mul(Self::ENTRIES_PER_FLOW)),
+        ]
+    }
+}
+
+/// Open maps by name.
+#[derive(Debug)]
+pub struct MapFds(BTreeMap<String, OwnedFd>);
+
+impl MapFds {
+    /// The map of that name.
+    pub fn get(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
+        let missing = || Error::Missing {
+            kind: "map",
+            name: name.to_owned(),
+        };
+        self.0.get(name).map(AsFd::as_fd).ok_or_else(missing)
+    }
+
+    /// A copy of the map's descriptor.
+    pub fn duplicate(&self, name: &str) -> Result<OwnedFd, Error> {
+        sys::duplicate(self.get(name)?).map_err(on_map("duplicate", name))
+    }
+
+    /// Opens what is pinned, for a reader without the object.
+    pub fn open_pinned(pins: &Pins) -> Result<Self, Error> {
+        let mut maps = BTreeMap::new();
+        for path in pins::list(&pins.maps())? {
+            let Some(name) = pins::file_name(&path) else { continue };
+            maps.insert(name.to_owned(), sys::open_pin(&path).map_err(on_map("open", name))?);
+        }
+        Ok(Self(maps))
+    }
+
+    /// Names and descriptors of all.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
+        self.0.iter().map(|(name, fd)| (name.as_str(), fd.as_fd()))
+    }
+}
+
+/// Loaded programs by name.
+#[derive(Debug)]
+pub struct Programs(BTreeMap<String, OwnedFd>);
+
+impl Programs {
+    /// The program of that name.
+    pub fn get(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
+        let missing = || Error::Missing {
+            kind: "program",
+            name: name.to_owned(),
+        };
+        self.0.get(name).map(AsFd::as_fd).ok_or_else(missing)
+    }
+}
+
+/// What [`load`] leaves behind; the parsed object itself is dropped.
+#[derive(Debug)]
+pub struct Loaded {
+    /// All pinned maps.
+    pub maps: MapFds,
+    /// All programs.
+    pub programs: Programs,
+    /// Kernel functions that the kernel lacks; the programs do without.
+    pub missing_kfuncs: Vec<Kfunc>,
+    /// True if the maps of an earlier agent were there.
+    pub adopted: bool,
+}
+
+pub(super) fn on_map(action: &'static str, name: &str) -> impl FnOnce(io::Error) -> Error {
+    let name = name.to_owned();
+    move |source| Error::Map { action, name, source }
+}
+
+/// Loads `object`: adopts or makes its maps below `pins`, loads its programs.
+///
+/// Errors: see [`Error`]; [`Error::Layout`] leaves everything as it was.
+pub fn load(object: &[u8], pins: &Pins, sizes: &Sizes) -> Result<Loaded, Error> {
+    let declared = declared_maps(object, sizes)?;
+    let adopted = check_pinned(pins, &declared)?;
+    let mut patched = object.to_vec();
+    let missing_kfuncs = kfunc::resolve(&mut patched)?;
+    let mut ebpf = make_maps(&patched, pins, sizes, &declared)?;
+    let programs = load_programs(&mut ebpf)?;
+    let maps = open_maps(pins, &declared)?;
+    Ok(Loaded {
+        maps,
+        programs,
+        missing_kfuncs,
+        adopted,
+    })
+}
+
+/// The maps that the object declares, with their capacities, by name. Sections of global data are not among them.
+fn declared_maps(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, MapInfo>, Error> {
+    let parsed = aya_obj::Object::parse(object).map_err(Error::Object)?;
+    let sizes: BTreeMap<_, _> = sizes.by_map().into_iter().collect();
+    let declare = |(name, map): (String, aya_obj::Map)| {
+        let info = MapInfo {
+            id: 0,
+            kind: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: sizes.get(name.as_str()).copied().unwrap_or(map.max_entries()),
+            flags: map.map_flags(),
+        };
+        (name, info)
+    };
+    Ok(parsed
+        .maps
+        .into_iter()
+        .filter(|(_, map)| is_table(map))
+        .map(declare)
+        .collect())
+}
+
+fn is_table(map: &aya_obj::Map) -> bool {
+    !matches!(
+        map.section_kind(),
+        EbpfSectionKind::Bss | EbpfSectionKind::Data | EbpfSectionKind::Rodata
+    )
+}
+
+/// True if something is pinned and all of it is as declared; false if nothing is pinned.
+fn check_pinned(pins: &Pins, declared: &BTreeMap<String, MapInfo>) -> Result<bool, Error> {
+    let mut any = false;
+    let mut mismatches = Vec::new();
+    for (name, wanted) in declared {
+        let Some(pinned) = open_if_pinned(pins, name)? else {
+            continue;
+        };
+        any = true;
+        let pinned = sys::map_info(pinned.as_fd()).map_err(on_map("examine", name))?;
+        mismatches.extend(compare(name, &pinned, wanted));
+    }
+    if mismatches.is_empty() {
+        Ok(any)
+    } else {
+        Err(Error::Layout(mismatches))
+    }
+}
+
+fn open_if_pinned(pins: &Pins, name: &str) -> Result<Option<OwnedFd>, Error> {
+    match sys::open_pin(&pins.map(name)) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(on_map("open", name)(source)),
+    }
+}
+
+fn compare(name: &str, pinned: &MapInfo, wanted: &MapInfo) -> Vec<Mismatch> {
+    let properties = [
+        ("type", pinned.kind, wanted.kind),
+        ("key size", pinned.key_size, wanted.key_size),
+        ("value size", pinned.value_size, wanted.value_size),
+        ("capacity", pinned.max_entries, wanted.max_entries),
+        ("flags", pinned.flags, wanted.flags),
+    ];
+    let differs = properties.into_iter().filter(|(_, pinned, wanted)| pinned != wanted);
+    differs
+        .map(|(property, pinned, wanted)| Mismatch {
+            map: name.to_owned(),
+            property,
+            pinned,
+            wanted,
+        })
+        .collect()
+}
+
+fn make_maps(
+    object: &[u8],
+    pins: &Pins,
+    sizes: &Sizes,
+    declared: &BTreeMap<String, MapInfo>,
+) -> Result<aya::Ebpf, Error> {
+    let mut loader = EbpfLoader::new();
+    // No program reads kernel structures by BTF: nothing to relocate.
+    loader.btf(None);
+    for (name, capacity) in sizes.by_map() {
+        loader.map_max_entries(name, capacity);
+    }
+    for name in declared.keys() {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    loader.load(object).map_err(|error| Error::Load(Box::new(error)))
+}
+
+fn load_programs(ebpf: &mut aya::Ebpf) -> Result<Programs, Error> {
+    let mut programs = BTreeMap::new();
+    for (name, program) in ebpf.programs_mut() {
+        let refused = |source| Error::Program {
+            name: name.to_owned(),
+            source: Box::new(source),
+        };
+        programs.insert(name.to_owned(), load_program(program).map_err(refused)?);
+    }
+    Ok(Programs(programs))
+}
+
+fn load_program(program: &mut Program) -> Result<OwnedFd, ProgramError> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load()?,
+        Program::SchedClassifier(program) => program.load()?,
+        Program::Xdp(program) => program.load()?,
+        _ => return Err(ProgramError::UnexpectedProgramType),
+    }
+    sys::duplicate(program.fd()?).map_err(ProgramError::IOError)
+}
+
+/// Opens the declared maps by their pins, so that no aya wrapper has to be unpacked.
+fn open_maps(pins: &Pins, declared: &BTreeMap<String, MapInfo>) -> Result<MapFds, Error> {
+    let open = |name: &String| {
+        let fd = sys::open_pin(&pins.map(name)).map_err(on_map("open", name))?;
+        Ok((name.clone(), fd))
+    };
+    declared.keys().map(open).collect::<Result<_, _>>().map(MapFds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PINNED: MapInfo = MapInfo {
+        id: 7,
+        kind: 1,
+        key_size: 4,
+        value_size: 8,
+        max_entries: 16,
+        flags: 0,
+    };
+
+    #[test]
+    fn every_property_but_the_id_counts() {
+        assert_eq!(compare("m", &PINNED, &MapInfo { id: 0, ..PINNED }), []);
+        let others = [
+            MapInfo { kind: 2, ..PINNED },
+            MapInfo { key_size: 8, ..PINNED },
+            MapInfo {
+                value_size: 9,
+                ..PINNED
+            },
+            MapInfo {
+                max_entries: 17,
+                ..PINNED
+            },
+            MapInfo { flags: 1, ..PINNED },
+        ];
+        for wanted in others {
+            assert_eq!(compare("m", &PINNED, &wanted).len(), 1, "{wanted:?}");
+        }
+    }
+
+    #[test]
+    fn a_mismatch_names_map_property_and_both_values() {
+        let mismatches = compare(
+            "flows",
+            &PINNED,
+            &MapInfo {
+                max_entries: 32,
+                ..PINNED
+            },
+        );
+        let text = Error::Layout(mismatches).to_string();
+        assert_eq!(
+            text,
+            "what is pinned has another layout: capacity of flows is 16, wanted 32"
+        );
+    }
+
+    #[test]
+    fn sizes_saturate_rather_than_wrap() {
+        let sizes = Sizes {
+            services: u32::MAX,
+            backends: u32::MAX,
+            flows: u32::MAX,
+        };
+        assert!(sizes.by_map().iter().all(|&(_, capacity)| capacity == u32::MAX));
+    }
+}

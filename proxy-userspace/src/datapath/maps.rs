@@ -1,0 +1,501 @@
+//! The tables that the reconciler writes: as a trait, and over the kernel's maps.
+//!
+//! Mapped arrays are changed by plain stores, published by one release store each; hashes by batched system calls.
+//! May touch: map entries, nothing else. Chooses nothing: order and content come from the plan.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use aya::Pod;
+use proxy_common::abi::address::{AddressClass, PortWord};
+use proxy_common::abi::backend::BackendRecord;
+use proxy_common::abi::config::Config;
+use proxy_common::abi::counter::ServiceCounters;
+use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
+use proxy_common::abi::service::{ServiceName, ServiceRecord, Slot};
+use proxy_common::addr::Addr;
+use tracing::warn;
+
+use super::kernel::{Error as KernelError, MapFds, on_map};
+use super::sys::{self, MappedWords};
+
+/// A write that the kernel (or a fake) refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call failed; a full map is E2BIG or ENOSPC.
+    #[error("cannot write {table}")]
+    Write {
+        /// Map name.
+        table: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A position past the end of an array.
+    #[error("{table} has {capacity} entries, no number {index}")]
+    Bounds {
+        /// Map name.
+        table: &'static str,
+        /// What was asked for.
+        index: u32,
+        /// What there is.
+        capacity: u32,
+    },
+}
+
+/// Some entries of a batch were written, the next was refused.
+#[derive(Debug, thiserror::Error)]
+#[error("entry {done} of a batch was refused")]
+pub struct BatchError {
+    /// Entries that were written; the refused one is the next.
+    pub done: usize,
+    /// Why.
+    pub source: Error,
+}
+
+/// The writes of the reconciler. Every write may be repeated; removing what is not there is not an error.
+pub trait Maps {
+    /// Replaces the configuration.
+    fn write_config(&mut self, config: &Config) -> Result<(), Error>;
+    /// Replaces the uses of 32 ports.
+    fn write_ports(&mut self, word: u32, ports: PortWord) -> Result<(), Error>;
+    /// Inserts or replaces address classes.
+    fn put_addresses(&mut self, keys: &[Addr], values: &[AddressClass]) -> Result<(), BatchError>;
+    /// Removes address classes.
+    fn remove_addresses(&mut self, keys: &[Addr]) -> Result<(), BatchError>;
+    /// Inserts or replaces frontends.
+    fn put_frontends(&mut self, keys: &[FrontendKey], values: &[FrontendValue]) -> Result<(), BatchError>;
+    /// Removes frontends.
+    fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), BatchError>;
+    /// Inserts or replaces names of services.
+    fn put_names(&mut self, keys: &[u32], values: &[ServiceName]) -> Result<(), BatchError>;
+    /// Removes names of services.
+    fn remove_names(&mut self, keys: &[u32]) -> Result<(), BatchError>;
+    /// Zeroes the counters of a service id that is about to get another meaning.
+    fn reset_counters(&mut self, service: u32) -> Result<(), Error>;
+    /// Writes a backend: its state becomes visible last, and a changed address is never seen with a live state.
+    fn write_backend(&mut self, id: u32, record: &BackendRecord) -> Result<(), Error>;
+    /// Writes slots from position `base` on; not yet visible to a reader of any range that does not hold them.
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), Error>;
+    /// Publishes a service record: each of its sets changes at once, after all slots written before.
+    fn write_service(&mut self, id: u32, record: &ServiceRecord) -> Result<(), Error>;
+    /// Returns once no program can still read what the writes before have replaced.
+    fn wait_for_programs(&mut self);
+}
+
+/// An array that userspace has mapped.
+pub(super) struct MappedArray<T> {
+    name: &'static str,
+    words: MappedWords,
+    capacity: u32,
+    _type: std::marker::PhantomData<T>,
+}
+
+impl<T: Pod> MappedArray<T> {
+    /// Elements of mapped arrays lie eight bytes apart or a multiple of that (kernel, array_map_alloc).
+    const WORDS: usize = size_of::<T>().div_ceil(8);
+
+    pub(super) fn open(maps: &MapFds, name: &'static str, writable: bool) -> Result<Self, KernelError> {
+        let fd = maps.get(name)?;
+        let capacity = checked_capacity::<u32, T>(maps, name)?;
+        let bytes = capacity as usize * Self::WORDS * 8;
+        let words = MappedWords::map(fd, bytes, writable).map_err(on_map("map into memory", name))?;
+        Ok(Self {
+            name,
+            words,
+            capacity,
+            _type: std::marker::PhantomData,
+        })
+    }
+
+    pub(super) fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    fn at(&self, index: u32) -> Result<&[AtomicU64], Error> {
+        let start = index as usize * Self::WORDS;
+        let bounds = || Error::Bounds {
+            table: self.name,
+            index,
+            capacity: self.capacity,
+        };
+        self.words.words().get(start..start + Self::WORDS).ok_or_else(bounds)
+    }
+
+    /// The element, word by word: no more consistent than its single words.
+    pub(super) fn read(&self, index: u32) -> Result<T, Error> {
+        let words: Vec<u64> = self
+            .at(index)?
+            .iter()
+            .map(|word| word.load(Ordering::Acquire))
+            .collect();
+        Ok(from_words(&words))
+    }
+}
+
+/// The words of a plain value; the last one is filled up with zeros.
+fn to_words<T: Pod, const N: usize>(value: &T) -> [u64; N] {
+    const { assert!(size_of::<T>().div_ceil(8) == N) };
+    let mut words = [0; N];
+    // SAFETY: `T` is plain bytes without padding, `words` is at least as long, and they do not overlap.
+    unsafe {
+        std::ptr::copy_nonoverlapping(
+            (&raw const *value).cast::<u8>(),
+            words.as_mut_ptr().cast(),
+            size_of::<T>(),
+        )
+    };
+    words
+}
+
+fn from_words<T: Pod>(words: &[u64]) -> T {
+    assert!(words.len() * 8 >= size_of::<T>());
+    // SAFETY: the source is long enough (asserted), `T` is plain bytes and any bits are a value of it.
+    unsafe { words.as_ptr().cast::<T>().read_unaligned() }
+}
+
+/// Capacity of a map whose key and value have the given types.
+fn checked_capacity<K, V>(maps: &MapFds, name: &'static str) -> Result<u32, KernelError> {
+    let info = sys::map_info(maps.get(name)?).map_err(on_map("examine", name))?;
+    let sizes = (info.key_size as usize, info.value_size as usize);
+    if sizes != (size_of::<K>(), size_of::<V>()) {
+        return Err(on_map("use", name)(io::Error::from(io::ErrorKind::InvalidData)));
+    }
+    Ok(info.max_entries)
+}
+
+/// A hash map, or an array that is not mapped.
+#[derive(Debug)]
+pub(super) struct Table<K, V> {
+    name: &'static str,
+    fd: OwnedFd,
+    capacity: u32,
+    _types: std::marker::PhantomData<(K, V)>,
+}
+
+impl<K: Pod, V: Pod> Table<K, V> {
+    pub(super) fn open(maps: &MapFds, name: &'static str) -> Result<Self, KernelError> {
+        let capacity = checked_capacity::<K, V>(maps, name)?;
+        Ok(Self {
+            name,
+            fd: maps.duplicate(name)?,
+            capacity,
+            _types: std::marker::PhantomData,
+        })
+    }
+
+    pub(super) fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    pub(super) fn put(&self, key: &K, value: &V) -> Result<(), Error> {
+        sys::map_update(self.fd.as_fd(), key, value).map_err(|source| self.refused(source))
+    }
+
+    pub(super) fn get(&self, key: &K) -> Result<Option<V>, Error> {
+        // SAFETY: `V` is plain bytes, zero is a value.
+        let mut value: [V; 1] = unsafe { std::mem::zeroed() };
+        let found = sys::map_lookup(self.fd.as_fd(), key, &mut value).map_err(|source| self.refused(source))?;
+        Ok(found.then_some(value[0]))
+    }
+
+    pub(super) fn remove(&self, key: &K) -> Result<bool, Error> {
+        sys::map_delete(self.fd.as_fd(), key).map_err(|source| self.refused(source))
+    }
+
+    fn refused(&self, source: io::Error) -> Error {
+        Error::Write {
+            table: self.name,
+            source,
+        }
+    }
+
+    /// One entry by a plain call, more by batches.
+    pub(super) fn put_all(&self, keys: &[K], values: &[V]) -> Result<(), BatchError> {
+        if let ([key], [value]) = (keys, values) {
+            return self.put(key, value).map_err(|source| BatchError { done: 0, source });
+        }
+        let mut done = 0;
+        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
+            sys::map_update_batch(self.fd.as_fd(), keys, values).map_err(|(more, source)| BatchError {
+                done: done + more,
+                source: self.refused(source),
+            })?;
+            done += keys.len();
+        }
+        Ok(())
+    }
+
+    /// Removes keys; those that are not there are passed over.
+    pub(super) fn remove_all(&self, keys: &[K]) -> Result<(), BatchError> {
+        let mut done = 0;
+        while done < keys.len() {
+            let batch = &keys[done..keys.len().min(done + BATCH)];
+            match sys::map_delete_batch(self.fd.as_fd(), batch) {
+                Ok(()) => done += batch.len(),
+                // The batch ends at a key that is not there.
+                Err((before, source)) if source.raw_os_error() == Some(libc::ENOENT) => done += before + 1,
+                Err((before, source)) => {
+                    return Err(BatchError {
+                        done: done + before,
+                        source: self.refused(source),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `visit` for every entry; entries that come or go meanwhile may be missed, none is seen twice (hash maps).
+    pub(super) fn for_each(&self, mut visit: impl FnMut(&K, &V)) -> Result<(), Error> {
+        let mut walk = Walk::new(self);
+        while let Some((keys, values)) = walk.next(self)? {
+            keys.iter().zip(values).for_each(|(key, value)| visit(key, value));
+        }
+        Ok(())
+    }
+}
+
+/// Entries of one system call: large enough to make its cost vanish, small enough to keep buffers out of the way.
+const BATCH: usize = 4096;
+
+/// A walk through a hash map in slices, so that the caller may pause between them.
+pub(super) struct Walk<K, V> {
+    cursor: sys::Cursor,
+    keys: Vec<K>,
+    values: Vec<V>,
+    done: bool,
+}
+
+impl<K: Pod, V: Pod> Walk<K, V> {
+    pub(super) fn new(table: &Table<K, V>) -> Self {
+        let length = BATCH.min(table.capacity.max(64) as usize);
+        // SAFETY: keys and values are plain bytes, zero is a value.
+        let (key, value) = unsafe { (std::mem::zeroed::<K>(), std::mem::zeroed::<V>()) };
+        Self {
+            cursor: sys::Cursor::default(),
+            keys: vec![key; length],
+            values: vec![value; length],
+            done: false,
+        }
+    }
+
+    /// The next slice, or `None` at the end.
+    pub(super) fn next(&mut self, table: &Table<K, V>) -> Result<Option<(&[K], &[V])>, Error> {
+        while !self.done {
+            match sys::map_lookup_batch(table.fd.as_fd(), &mut self.cursor, &mut self.keys, &mut self.values) {
+                Ok(batch) => {
+                    self.done = batch.done;
+                    return Ok(Some((&self.keys[..batch.count], &self.values[..batch.count])));
+                }
+                // One bucket holds more than the buffers.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => self.grow(),
+                Err(source) => return Err(table.refused(source)),
+            }
+        }
+        Ok(None)
+    }
+
+    fn grow(&mut self) {
+        let length = self.keys.len() * 2;
+        self.keys.resize(length, self.keys[0]);
+        self.values.resize(length, self.values[0]);
+    }
+}
+
+/// The tables in the kernel.
+pub struct KernelMaps {
+    config: Table<u32, Config>,
+    ports: Table<u32, PortWord>,
+    addresses: Table<Addr, AddressClass>,
+    frontends: Table<FrontendKey, FrontendValue>,
+    names: Table<u32, ServiceName>,
+    counters: PerCpu<ServiceCounters>,
+    services: MappedArray<ServiceRecord>,
+    slots: MappedArray<Slot>,
+    backends: MappedArray<BackendRecord>,
+}
+
+impl KernelMaps {
+    /// Opens the tables for writing.
+    pub fn open(maps: &MapFds) -> Result<Self, KernelError> {
+        Ok(Self {
+            config: Table::open(maps, "config")?,
+            ports: Table::open(maps, "ports")?,
+            addresses: Table::open(maps, "addresses")?,
+            frontends: Table::open(maps, "frontends")?,
+            names: Table::open(maps, "service_names")?,
+            counters: PerCpu::open(maps, "service_counters")?,
+            services: MappedArray::open(maps, "services", true)?,
+            slots: MappedArray::open(maps, "slots", true)?,
+            backends: MappedArray::open(maps, "backends", true)?,
+        })
+    }
+}
+
+impl Maps for KernelMaps {
+    fn write_config(&mut self, config: &Config) -> Result<(), Error> {
+        self.config.put(&0, config)
+    }
+
+    fn write_ports(&mut self, word: u32, ports: PortWord) -> Result<(), Error> {
+        self.ports.put(&word, &ports)
+    }
+
+    fn put_addresses(&mut self, keys: &[Addr], values: &[AddressClass]) -> Result<(), BatchError> {
+        self.addresses.put_all(keys, values)
+    }
+
+    fn remove_addresses(&mut self, keys: &[Addr]) -> Result<(), BatchError> {
+        self.addresses.remove_all(keys)
+    }
+
+    fn put_frontends(&mut self, keys: &[FrontendKey], values: &[FrontendValue]) -> Result<(), BatchError> {
+        self.frontends.put_all(keys, values)
+    }
+
+    fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), BatchError> {
+        self.frontends.remove_all(keys)
+    }
+
+    fn put_names(&mut self, keys: &[u32], values: &[ServiceName]) -> Result<(), BatchError> {
+        self.names.put_all(keys, values)
+    }
+
+    fn remove_names(&mut self, keys: &[u32]) -> Result<(), BatchError> {
+        self.names.remove_all(keys)
+    }
+
+    fn reset_counters(&mut self, service: u32) -> Result<(), Error> {
+        self.counters.put(service, &ServiceCounters::ZERO)
+    }
+
+    fn write_backend(&mut self, id: u32, record: &BackendRecord) -> Result<(), Error> {
+        let words = self.backends.at(id)?;
+        let [first, second, last] = to_words::<_, 3>(record);
+        if (words[0].load(Ordering::Relaxed), words[1].load(Ordering::Relaxed)) != (first, second) {
+            // A reader must not see the new address with the old state.
+            words[2].store(0, Ordering::Release);
+            words[0].store(first, Ordering::Release);
+            words[1].store(second, Ordering::Release);
+        }
+        words[2].store(last, Ordering::Release);
+        Ok(())
+    }
+
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), Error> {
+        for (position, slot) in (base..).zip(slots) {
+            let [word] = to_words::<_, 1>(slot);
+            self.slots.at(position)?[0].store(word, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn write_service(&mut self, id: u32, record: &ServiceRecord) -> Result<(), Error> {
+        let words = self.services.at(id)?;
+        let [cluster, local, affinity] = to_words::<_, 3>(record);
+        words[2].store(affinity, Ordering::Release);
+        words[0].store(cluster, Ordering::Release);
+        words[1].store(local, Ordering::Release);
+        Ok(())
+    }
+
+    fn wait_for_programs(&mut self) {
+        wait_for_programs();
+    }
+}
+
+/// Waits until no program can still read what was replaced.
+fn wait_for_programs() {
+    /// Far above any RCU grace period of a machine that works; programs run for microseconds.
+    const PATIENCE: Duration = Duration::from_millis(100);
+    if let Err(error) = sys::wait_for_programs() {
+        // `nohz_full` kernels refuse the call.
+        warn!(%error, "membarrier is refused, waiting by the clock");
+        std::thread::sleep(PATIENCE);
+    }
+}
+
+/// A per-CPU array.
+pub(super) struct PerCpu<V> {
+    table: Table<u32, V>,
+    cpus: usize,
+}
+
+impl<V: Pod> PerCpu<V> {
+    pub(super) fn open(maps: &MapFds, name: &'static str) -> Result<Self, KernelError> {
+        let cpus = aya::util::nr_cpus().map_err(|(_, error)| on_map("count CPUs for", name)(error))?;
+        Ok(Self {
+            table: Table::open(maps, name)?,
+            cpus,
+        })
+    }
+
+    /// Sets every CPU's copy.
+    pub(super) fn put(&self, index: u32, value: &V) -> Result<(), Error> {
+        self.check(index)?;
+        let words = size_of::<V>().div_ceil(8);
+        let mut copies = vec![0u64; words * self.cpus];
+        for copy in copies.chunks_exact_mut(words) {
+            // SAFETY: each copy is at least as long as the value, which is plain bytes.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    (&raw const *value).cast::<u8>(),
+                    copy.as_mut_ptr().cast(),
+                    size_of::<V>(),
+                )
+            };
+        }
+        sys::map_update_slice(self.table.fd.as_fd(), &index, &copies).map_err(|source| self.table.refused(source))
+    }
+
+    /// Every CPU's copy.
+    pub(super) fn get(&self, index: u32) -> Result<Vec<V>, Error> {
+        self.check(index)?;
+        let words = size_of::<V>().div_ceil(8);
+        let mut copies = vec![0u64; words * self.cpus];
+        sys::map_lookup(self.table.fd.as_fd(), &index, &mut copies).map_err(|source| self.table.refused(source))?;
+        Ok(copies.chunks_exact(words).map(from_words).collect())
+    }
+
+    fn check(&self, index: u32) -> Result<(), Error> {
+        let bounds = Error::Bounds {
+            table: self.table.name,
+            index,
+            capacity: self.table.capacity,
+        };
+        if index < self.table.capacity {
+            Ok(())
+        } else {
+            Err(bounds)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_a_record_come_back() {
+        let record = ServiceRecord {
+            cluster: 0x0102_0304_0506_0708,
+            local: u64::MAX,
+            affinity: 10800,
+            reserved: 0,
+        };
+        assert_eq!(from_words::<ServiceRecord>(&to_words::<_, 3>(&record)), record);
+    }
+
+    #[test]
+    fn the_state_of_a_backend_lies_in_its_last_word() {
+        let live = BackendRecord {
+            state: BackendRecord::STATE_LIVE,
+            ..BackendRecord::ZERO
+        };
+        let [first, second, last] = to_words::<_, 3>(&live);
+        assert_eq!((first, second), (0, 0));
+        assert_ne!(last, 0);
+    }
+}

@@ -1,0 +1,215 @@
+//! Where the datapath is pinned: the directory, its lock, the names in it.
+//!
+//! ```text
+//! DIR/                    --bpffs; locked by the one agent that owns it
+//!   v1/MAP                every map, by name; the layout version is part of the path
+//!   links/cgroup/PROGRAM
+//!   links/tcx/COOKIE-IFINDEX-HOOK    COOKIE: network namespace
+//! ```
+//! Links lie outside the layout's directory: they stay when a new layout takes over, only the programs behind them change.
+//! Programs are not pinned: a link holds its program, and what the command line wants of one it reaches through the link.
+//! May touch: the BPF file system below DIR, nothing else.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use proxy_common::abi::ABI_VERSION;
+
+use super::sys;
+
+/// Why the pin directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A second agent on one directory.
+    #[error("another agent owns {0}; stop it, or give this one another --bpffs")]
+    Locked(PathBuf),
+    /// An operation of the file system failed.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Attaches what was tried to an I/O error.
+pub(super) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}
+
+/// The pin directory. Cheap to copy; says nothing about what exists.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    base: PathBuf,
+}
+
+/// The only right to change what is pinned. Released when dropped, also by a crash.
+#[derive(Debug)]
+pub struct Lock {
+    _directory: File,
+}
+
+/// Left in a directory on which we mounted a file system, so that `shunt cleanup` unmounts that one and no other.
+const MOUNT_MARK: &str = "mounted-by-shunt";
+
+impl Pins {
+    /// Names below `base`.
+    pub fn new(base: impl Into<PathBuf>) -> Self {
+        Self { base: base.into() }
+    }
+
+    /// `--bpffs`.
+    pub fn base(&self) -> &Path {
+        &self.base
+    }
+
+    /// Directory of the maps of this program's own layout.
+    pub fn maps(&self) -> PathBuf {
+        self.base.join(format!("v{ABI_VERSION}"))
+    }
+
+    /// Pin of a map.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// Directory of the links to the control group.
+    pub fn cgroup_links(&self) -> PathBuf {
+        self.base.join("links/cgroup")
+    }
+
+    /// Directory of the links to devices.
+    pub fn tcx_links(&self) -> PathBuf {
+        self.base.join("links/tcx")
+    }
+
+    /// Makes the directories, on a BPF file system, mounting one if there is none.
+    pub fn prepare(&self) -> Result<(), Error> {
+        self.ensure_bpffs()?;
+        for directory in [self.maps(), self.cgroup_links(), self.tcx_links()] {
+            create_directory(&directory)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the right to change what is pinned here, or says who has it. The directory must exist.
+    pub fn lock(&self) -> Result<Lock, Error> {
+        let directory = File::open(&self.base).map_err(at("open", &self.base))?;
+        match directory.try_lock() {
+            Ok(()) => Ok(Lock { _directory: directory }),
+            Err(TryLockError::WouldBlock) => Err(Error::Locked(self.base.clone())),
+            Err(TryLockError::Error(source)) => Err(at("lock", &self.base)(source)),
+        }
+    }
+
+    fn ensure_bpffs(&self) -> Result<(), Error> {
+        if is_bpffs(&self.base)? {
+            return create_directory(&self.base);
+        }
+        let mount_point = self.mount_point()?;
+        create_directory(&mount_point)?;
+        sys::mount_bpffs(&mount_point).map_err(at("mount a bpf file system on", &mount_point))?;
+        create_directory(&self.base)?;
+        if mount_point == self.base {
+            create_directory(&self.base.join(MOUNT_MARK))?;
+        }
+        Ok(())
+    }
+
+    /// The usual place if DIR is below it (nothing else can be made inside sysfs), else DIR itself.
+    fn mount_point(&self) -> Result<PathBuf, Error> {
+        let usual = Path::new("/sys/fs/bpf");
+        let use_usual = self.base.starts_with(usual) && usual.is_dir() && !is_bpffs(usual)?;
+        Ok(if use_usual { usual.to_owned() } else { self.base.clone() })
+    }
+
+    /// Removes the directories that this type made, as far as they are empty, and the mount if it was ours.
+    pub fn remove_directories(&self) -> Result<(), Error> {
+        for directory in ["links/cgroup", "links/tcx", "links"] {
+            remove_directory(&self.base.join(directory))?;
+        }
+        let mark = self.base.join(MOUNT_MARK);
+        if mark.is_dir() && is_mount_point(&self.base) {
+            remove_directory(&mark)?;
+            return sys::unmount(&self.base).map_err(at("unmount", &self.base));
+        }
+        remove_directory(&self.base)
+    }
+
+    /// Directories of layouts, whatever their version.
+    pub fn layouts(&self) -> Result<Vec<PathBuf>, Error> {
+        let is_layout = |name: &str| {
+            name.strip_prefix('v')
+                .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+        };
+        Ok(list(&self.base)?
+            .into_iter()
+            .filter(|path| file_name(path).is_some_and(is_layout))
+            .collect())
+    }
+}
+
+/// What is in a directory; nothing if it does not exist.
+pub fn list(directory: &Path) -> Result<Vec<PathBuf>, Error> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(at("list", directory)(source)),
+    };
+    entries
+        .map(|entry| entry.map(|entry| entry.path()).map_err(at("list", directory)))
+        .collect()
+}
+
+/// Removes a pin; it may be gone already.
+pub fn unpin(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(source)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a directory of pins and what is in it.
+pub fn remove_layout(directory: &Path) -> Result<(), Error> {
+    for path in list(directory)? {
+        unpin(&path)?;
+    }
+    remove_directory(directory)
+}
+
+/// Last component of a path, if it is text.
+pub fn file_name(path: &Path) -> Option<&str> {
+    path.file_name()?.to_str()
+}
+
+fn create_directory(path: &Path) -> Result<(), Error> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(at("create", path))
+}
+
+fn remove_directory(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(source)),
+        _ => Ok(()),
+    }
+}
+
+/// True if `path`, or the nearest ancestor that exists, is on a BPF file system.
+fn is_bpffs(path: &Path) -> Result<bool, Error> {
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
+    sys::is_bpffs(existing).map_err(at("examine", existing))
+}
+
+fn is_mount_point(path: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|data| data.dev()).ok();
+    device(path) != path.parent().and_then(device)
+}

@@ -1,0 +1,629 @@
+//! The system calls that aya does not offer: bpf(2) commands on pins, links and batches, and a few others of the datapath.
+//!
+//! Each function is safe to call and returns the kernel's own error; names and paths are added by the callers.
+//! May touch: libc only. No policy here.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use aya::Pod;
+use aya_obj::generated::{bpf_attach_type, bpf_cmd};
+
+/// What the kernel says about a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapInfo {
+    /// Kernel-wide id.
+    pub id: u32,
+    /// `BPF_MAP_TYPE_` number.
+    pub kind: u32,
+    /// Bytes.
+    pub key_size: u32,
+    /// Bytes.
+    pub value_size: u32,
+    /// Capacity.
+    pub max_entries: u32,
+    /// `BPF_F_` flags given at creation.
+    pub flags: u32,
+}
+
+/// What the kernel says about a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Kernel-wide id.
+    pub id: u32,
+    /// Program behind the link.
+    pub program: u32,
+    /// What it is attached to.
+    pub target: LinkTarget,
+}
+
+/// What a link is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkTarget {
+    /// A control group, by its id (inode number); 0 when the group is gone.
+    Cgroup(u64),
+    /// A device's tcx hook, by interface index; 0 when the device is gone.
+    Tcx(u32),
+    /// A device's XDP hook, by interface index; 0 when the device is gone.
+    Xdp(u32),
+    /// A kind that Shunt does not make.
+    Other(u32),
+}
+
+/// Place of a tcx program among those of its hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before all that are there now.
+    First,
+    /// After all that are there now.
+    Last,
+}
+
+const BPF_F_BEFORE: u32 = 1 << 3;
+const BPF_F_AFTER: u32 = 1 << 4;
+const BPF_LINK_TYPE_CGROUP: u32 = 3;
+const BPF_LINK_TYPE_XDP: u32 = 6;
+const BPF_LINK_TYPE_TCX: u32 = 11;
+
+#[repr(C)]
+#[derive(Default)]
+struct ObjectAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct InfoAttr {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RawMapInfo {
+    kind: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RawLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    reserved: u32,
+    target: [u32; 4],
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreateAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    relative: u32,
+    reserved: u32,
+    expected_revision: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkUpdateAttr {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttr {
+    map: u32,
+    reserved: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// Calls bpf(2).
+///
+/// # Safety
+/// Every pointer inside `attr` is valid for what `command` does with it.
+unsafe fn bpf<T>(command: bpf_cmd, attr: &mut T) -> io::Result<i64> {
+    // SAFETY: `attr` is a live exclusive reference and its size is passed; its inner pointers are the caller's promise.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_long, attr as *mut T, size_of::<T>()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Like [`bpf`] for commands that return a file descriptor.
+///
+/// # Safety
+/// As [`bpf`], and `command` returns a new descriptor.
+unsafe fn bpf_fd<T>(command: bpf_cmd, attr: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: the caller's promise.
+    let fd = unsafe { bpf(command, attr)? };
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd() as u32
+}
+
+fn address<T>(value: &[T]) -> u64 {
+    value.as_ptr() as u64
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+/// Pins an object; the file must not exist.
+pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = ObjectAttr {
+        path: path.as_ptr() as u64,
+        fd: raw(fd),
+        flags: 0,
+    };
+    // SAFETY: `path` lives until the call returns.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr) }.map(drop)
+}
+
+/// Opens a pinned object.
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = ObjectAttr {
+        path: path.as_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: `path` lives until the call returns; the command returns a descriptor.
+    unsafe { bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr) }
+}
+
+/// Fills `info` (integers only) with what the kernel knows about `fd`.
+fn object_info<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
+    let mut info = T::default();
+    let mut attr = InfoAttr {
+        fd: raw(fd),
+        length: size_of::<T>() as u32,
+        info: &raw mut info as u64,
+    };
+    // SAFETY: `info` is live, writable and `length` bytes long; callers pass structs of integers.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info)
+}
+
+/// Describes a map.
+pub fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    let info: RawMapInfo = object_info(fd)?;
+    Ok(MapInfo {
+        id: info.id,
+        kind: info.kind,
+        key_size: info.key_size,
+        value_size: info.value_size,
+        max_entries: info.max_entries,
+        flags: info.flags,
+    })
+}
+
+/// Describes a link.
+pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    let info: RawLinkInfo = object_info(fd)?;
+    let target = match info.kind {
+        BPF_LINK_TYPE_CGROUP => LinkTarget::Cgroup(u64::from(info.target[1]) << 32 | u64::from(info.target[0])),
+        BPF_LINK_TYPE_TCX => LinkTarget::Tcx(info.target[0]),
+        BPF_LINK_TYPE_XDP => LinkTarget::Xdp(info.target[0]),
+        other => LinkTarget::Other(other),
+    };
+    Ok(LinkInfo {
+        id: info.id,
+        program: info.program,
+        target,
+    })
+}
+
+/// Kernel-wide id of a program.
+pub fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+    }
+    object_info::<Info>(fd).map(|info| info.id)
+}
+
+/// Attaches a program to a control group; the attachment lives as long as the descriptor or a pin of it.
+pub fn link_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        program: raw(program),
+        target: raw(cgroup),
+        attach_type: hook as u32,
+        ..Default::default()
+    };
+    // SAFETY: no pointers; the command returns a descriptor.
+    unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+}
+
+/// Attaches a program to a tcx hook of a device of the calling thread's network namespace.
+pub fn link_tcx(program: BorrowedFd<'_>, ifindex: u32, hook: bpf_attach_type, place: Place) -> io::Result<OwnedFd> {
+    let flags = match place {
+        Place::First => BPF_F_BEFORE,
+        Place::Last => BPF_F_AFTER,
+    };
+    let mut attr = LinkCreateAttr {
+        program: raw(program),
+        target: ifindex,
+        attach_type: hook as u32,
+        flags,
+        ..Default::default()
+    };
+    // SAFETY: no pointers; the command returns a descriptor.
+    unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+}
+
+/// Puts another program behind a link, in one step.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkUpdateAttr {
+        link: raw(link),
+        program: raw(program),
+        ..Default::default()
+    };
+    // SAFETY: no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// Detaches a link for everybody, pinned or not.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkUpdateAttr {
+        link: raw(link),
+        ..Default::default()
+    };
+    // SAFETY: no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }.map(drop)
+}
+
+/// Reads one value into `value`, whose length is the map's value size (times CPUs for per-CPU maps); false if the key is missing.
+pub fn map_lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &mut [V]) -> io::Result<bool> {
+    let mut attr = ElementAttr {
+        map: raw(map),
+        key: &raw const *key as u64,
+        value: value.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: key and value are live, plain bytes, and sized as the map (checked when it was opened).
+    found(unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) })
+}
+
+/// Inserts or replaces one entry.
+pub fn map_update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    map_update_slice(map, key, std::slice::from_ref(value))
+}
+
+/// Inserts or replaces one entry whose value has several parts: one for each CPU.
+pub fn map_update_slice<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> io::Result<()> {
+    let mut attr = ElementAttr {
+        map: raw(map),
+        key: &raw const *key as u64,
+        value: address(value),
+        ..Default::default()
+    };
+    // SAFETY: as in `map_lookup`.
+    unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// Removes one entry; false if there was none.
+pub fn map_delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+    let mut attr = ElementAttr {
+        map: raw(map),
+        key: &raw const *key as u64,
+        ..Default::default()
+    };
+    // SAFETY: as in `map_lookup`.
+    found(unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr) })
+}
+
+fn found(result: io::Result<i64>) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Inserts or replaces entries in one call. The error carries how many were done before it.
+pub fn map_update_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), (usize, io::Error)> {
+    assert_eq!(keys.len(), values.len());
+    let mut attr = BatchAttr {
+        keys: address(keys),
+        values: address(values),
+        count: keys.len() as u32,
+        map: raw(map),
+        ..Default::default()
+    };
+    // SAFETY: both slices hold `count` plain elements, sized as the map (checked when it was opened).
+    batch(unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) }, &attr)
+}
+
+/// Removes entries in one call. The error carries how many were done before it; the first missing key is such an error.
+pub fn map_delete_batch<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> Result<(), (usize, io::Error)> {
+    let mut attr = BatchAttr {
+        keys: address(keys),
+        count: keys.len() as u32,
+        map: raw(map),
+        ..Default::default()
+    };
+    // SAFETY: the slice holds `count` plain keys, sized as the map.
+    batch(unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_BATCH, &mut attr) }, &attr)
+}
+
+fn batch(result: io::Result<i64>, attr: &BatchAttr) -> Result<(), (usize, io::Error)> {
+    result.map(drop).map_err(|error| (attr.count as usize, error))
+}
+
+/// Position of a batched walk through a map; opaque to all but the kernel.
+#[derive(Clone, Copy, Default)]
+pub struct Cursor {
+    /// Hash maps keep a bucket number here, others (arrays) a key of four bytes.
+    token: u64,
+    started: bool,
+}
+
+/// Entries of one batched look-up.
+pub struct Batch {
+    /// How many entries were written to the front of the buffers.
+    pub count: usize,
+    /// The walk is over.
+    pub done: bool,
+}
+
+/// Copies the next entries of a hash map into `keys` and `values`, at most as many as fit.
+///
+/// A bucket that does not fit whole is ENOSPC: the caller retries with larger buffers from the same cursor.
+pub fn map_lookup_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    keys: &mut [K],
+    values: &mut [V],
+) -> io::Result<Batch> {
+    let mut next = 0u64;
+    let mut attr = BatchAttr {
+        in_batch: if cursor.started {
+            &raw const cursor.token as u64
+        } else {
+            0
+        },
+        out_batch: &raw mut next as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: keys.len().min(values.len()) as u32,
+        map: raw(map),
+        ..Default::default()
+    };
+    // SAFETY: the buffers hold `count` plain elements, sized as the map; the tokens of hash maps have four bytes.
+    let done = match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) } {
+        Ok(_) => false,
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+        Err(error) => return Err(error),
+    };
+    *cursor = Cursor {
+        token: next,
+        started: true,
+    };
+    Ok(Batch {
+        count: attr.count as usize,
+        done,
+    })
+}
+
+/// Returns once every BPF program that ran when it was called has ended.
+///
+/// membarrier(2) with `MEMBARRIER_CMD_GLOBAL` waits for one RCU grace period; programs run inside RCU read sections.
+/// It is refused (EINVAL) on kernels booted with `nohz_full`.
+pub fn wait_for_programs() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: no pointers.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// SO_NETNS_COOKIE of the calling thread's network namespace.
+pub fn netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    // Any socket belongs to a namespace; a UNIX one needs no address family to be up.
+    let socket = OwnedFd::from(std::os::unix::net::UnixDatagram::unbound()?);
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: `cookie` and `length` are live and agree in size.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &mut length,
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(cookie)
+    }
+}
+
+/// True if `path` lies on a BPF file system.
+pub fn is_bpffs(path: &Path) -> io::Result<bool> {
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    let path = c_path(path)?;
+    // SAFETY: statfs is integers only; zero is a value.
+    let mut info: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are live.
+    if unsafe { libc::statfs(path.as_ptr(), &mut info) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(info.f_type as i64 == BPF_FS_MAGIC)
+}
+
+/// Mounts a BPF file system.
+pub fn mount_bpffs(path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    // SAFETY: three strings that end in zero; no data.
+    let result = unsafe {
+        libc::mount(
+            c"bpf".as_ptr(),
+            path.as_ptr(),
+            c"bpf".as_ptr(),
+            0,
+            c"mode=0700".as_ptr().cast(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Unmounts a file system.
+pub fn unmount(path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    // SAFETY: a string that ends in zero.
+    if unsafe { libc::umount2(path.as_ptr(), libc::UMOUNT_NOFOLLOW) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Fills `bytes` from the kernel's random source.
+pub fn random(bytes: &mut [u8]) -> io::Result<()> {
+    // SAFETY: a live buffer and its length.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if count != bytes.len() as isize {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Now, by CLOCK_MONOTONIC: the clock of `bpf_ktime_get_ns`.
+pub fn monotonic() -> std::time::Duration {
+    // SAFETY: timespec is integers only.
+    let mut now: libc::timespec = unsafe { std::mem::zeroed() };
+    // SAFETY: `now` is live; the clock exists on every Linux, so the call cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    std::time::Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
+/// Gives freed heap memory back to the kernel, where the C library can.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no arguments that matter.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// A memory-mapped array: stretches of `stride` bytes, read and written as words.
+pub struct MappedWords {
+    words: *mut std::sync::atomic::AtomicU64,
+    count: usize,
+}
+
+// SAFETY: the mapping is shared memory that is touched by atomic operations only.
+unsafe impl Send for MappedWords {}
+// SAFETY: as above.
+unsafe impl Sync for MappedWords {}
+
+impl MappedWords {
+    /// Maps `bytes` (rounded up to pages by the kernel) of an array made with BPF_F_MMAPABLE.
+    pub fn map(array: BorrowedFd<'_>, bytes: usize, writable: bool) -> io::Result<Self> {
+        let protection = if writable {
+            libc::PROT_READ | libc::PROT_WRITE
+        } else {
+            libc::PROT_READ
+        };
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                protection,
+                libc::MAP_SHARED,
+                array.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            words: start.cast(),
+            count: bytes / 8,
+        })
+    }
+
+    /// All words.
+    pub fn words(&self) -> &[std::sync::atomic::AtomicU64] {
+        // SAFETY: the mapping starts on a page, is `count` words long and lives as long as `self`; every access is atomic.
+        unsafe { std::slice::from_raw_parts(self.words, self.count) }
+    }
+}
+
+impl Drop for MappedWords {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `map` mapped; no reference outlives `self`.
+        unsafe { libc::munmap(self.words.cast(), self.count * 8) };
+    }
+}
+
+/// Opens a directory for use as a descriptor.
+pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let file = File::open(path)?;
+    if !file.metadata()?.is_dir() {
+        return Err(io::Error::from(io::ErrorKind::NotADirectory));
+    }
+    Ok(file.into())
+}
+
+/// A duplicate of a descriptor.
+pub fn duplicate(fd: impl AsFd) -> io::Result<OwnedFd> {
+    fd.as_fd().try_clone_to_owned()
+}
