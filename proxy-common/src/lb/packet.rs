@@ -1,0 +1,763 @@
+//! The packet path: what happens to a packet at ingress and at egress (design: translate the destination on the way in,
+//! the source on the way out).
+//!
+//! | at | packet | found by | changes |
+//! |---|---|---|---|
+//! | ingress | client to frontend | front | destination: the backend |
+//! | ingress | backend to our rewritten source | snat | destination: the client |
+//! | egress | client to a remote backend | plain | source: ours |
+//! | egress | backend to client | plain | source: the frontend |
+//!
+//! An ICMP error travels against the packet it quotes; it is treated as a packet of its own direction of travel, with
+//! the opposite end of the quote changed too.
+
+use crate::abi::address::{AddressClass, PortUse};
+use crate::abi::flow::{FlowKey, FlowRef, FlowValue};
+use crate::abi::fragment::{FragmentKey, FragmentValue};
+use crate::abi::frontend::FrontendValue;
+use crate::addr::{Addr, Be16, Port, Proto};
+use crate::lb::flow::{self, Hot, Proof};
+use crate::lb::pick::{self, Client, Frontend, Pick};
+use crate::lb::select;
+use crate::lb::tuple::Tuple;
+use crate::tables::{Event, Flows, Tracked};
+use crate::verdict::{DropReason, Refusal};
+use crate::wire::header::tcp;
+use crate::wire::{Kind, Parsed};
+
+/// What to do with a packet.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Leave it alone.
+    Pass,
+    /// Change one end of it, then let the stack go on: the destination at ingress, the source at egress.
+    Rewrite(Rewrite),
+    /// Drop it, and perhaps answer.
+    Refuse(DropReason, Refusal),
+}
+
+/// New values for one end of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rewrite {
+    /// New address of the end.
+    pub addr: Addr,
+    /// New port of the end.
+    pub port: Be16,
+    /// New port of the other end; zero keeps it.
+    pub other_port: Be16,
+    /// New destination MAC address; zero keeps it.
+    pub mac: [u16; 3],
+    /// The service that is counted.
+    pub service: u32,
+}
+
+const PASS: Verdict = Verdict::Pass;
+
+/// Where a packet hook is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Hook {
+    Ingress = 0,
+    Egress = 1,
+}
+
+/// Decides on a packet that enters by a device.
+#[inline(always)]
+pub fn ingress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
+    // Broadcast and multicast are nobody's VIP, and an error is only ours if it goes to the sender of what it quotes.
+    if packet.outer_dst.is_multicast_or_broadcast() || packet.outer_dst != packet.tuple.dst {
+        return PASS;
+    }
+    let class = flows.address(&packet.tuple.dst);
+    if class.flags == 0 {
+        return unknown_address(flows, packet);
+    }
+    let ports = if class.has(AddressClass::NODE) && !fragment_without_ports(packet) {
+        flows.port_use(packet.tuple.dport.host())
+    } else {
+        PortUse(PortUse::NODE_PORT | PortUse::SNAT)
+    };
+    let ours = class.has(AddressClass::FRONTEND | AddressClass::FLOWS | AddressClass::BACKEND) || ports.0 != 0;
+    match packet.kind {
+        _ if !ours => PASS,
+        Kind::Transport | Kind::LaterFragment => {
+            if !fragment_ports(flows, packet, Hook::Ingress) {
+                return unknown_fragment(class);
+            }
+            transport(flows, packet, class, ports)
+        }
+        Kind::IcmpError => icmp_error(flows, packet, class, ports),
+        Kind::IcmpRedirect => PASS,
+        Kind::Echo | Kind::Other if class.has(AddressClass::CLUSTER_IP) => {
+            let reason =
+                if packet.kind == Kind::Echo { DropReason::UnknownPort } else { DropReason::UnsupportedProtocol };
+            Verdict::Refuse(reason, Refusal::Reject)
+        }
+        Kind::Echo | Kind::Other => PASS,
+    }
+}
+
+const fn fragment_without_ports(packet: &Parsed) -> bool {
+    matches!(packet.kind, Kind::LaterFragment)
+}
+
+/// An address that we know nothing of: dropped if it belongs to the services' range, else not ours.
+#[inline(always)]
+fn unknown_address<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
+    match flows.config() {
+        Some(config) if config.is_service_address(&packet.tuple.dst) => {
+            Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop)
+        }
+        _ => PASS,
+    }
+}
+
+#[inline(always)]
+const fn unknown_fragment(class: AddressClass) -> Verdict {
+    // To a node's own or a backend's address it may be anybody's.
+    if class.has(AddressClass::FRONTEND) && !class.has(AddressClass::NODE) {
+        Verdict::Refuse(DropReason::FragmentUnknown, Refusal::Drop)
+    } else {
+        PASS
+    }
+}
+
+/// Remembers the ports of a first fragment, fills in those of a later one; false if they are not known.
+#[inline(always)]
+fn fragment_ports<F: Flows>(flows: &F, packet: &mut Parsed, hook: Hook) -> bool {
+    if packet.kind == Kind::Transport && !packet.first_fragment {
+        return true;
+    }
+    let key = FragmentKey {
+        src: packet.tuple.src,
+        dst: packet.tuple.dst,
+        id: packet.fragment_id,
+        proto: packet.tuple.proto.0,
+        hook: hook as u8,
+        reserved: 0,
+    };
+    if packet.first_fragment {
+        flows.set_fragment(&key, &FragmentValue { sport: packet.tuple.sport, dport: packet.tuple.dport });
+        return true;
+    }
+    let Some(ports) = flows.fragment(&key) else { return false };
+    packet.tuple.sport = ports.sport;
+    packet.tuple.dport = ports.dport;
+    true
+}
+
+#[inline(always)]
+fn find<'a, F: Flows>(flows: &'a F, key: &FlowKey) -> Option<FlowRef<'a>> {
+    match flows.established(key) {
+        Some(flow) => Some(flow),
+        None => flows.pending(key),
+    }
+}
+
+#[inline(always)]
+fn to_peer(flow: FlowRef<'_>) -> Rewrite {
+    Rewrite {
+        addr: flow.fixed(|value| value.peer),
+        port: flow.fixed(|value| value.peer_port),
+        other_port: flow.fixed(|value| value.alias_port),
+        mac: [0; 3],
+        service: flow.fixed(|value| value.service),
+    }
+}
+
+/// TCP and UDP at ingress.
+#[inline(always)]
+fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse) -> Verdict {
+    let tuple = &packet.tuple;
+    if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
+        if let Some(flow) = find(flows, &tuple.snat_key()) {
+            return Verdict::Rewrite(to_peer(flow));
+        }
+    }
+    let dialled = class.has(AddressClass::FRONTEND | AddressClass::FLOWS)
+        || class.has(AddressClass::NODE) && ports.has(PortUse::NODE_PORT);
+    if dialled {
+        let key = tuple.front_key();
+        if let Some(flow) = flows.established(&key) {
+            match known(flows, packet, flow, true) {
+                Known::Rewrite(rewrite) => return Verdict::Rewrite(rewrite),
+                Known::Gone => {}
+                Known::Clash => return open(flows, packet, class, ports, true),
+            }
+        } else if let Some(flow) = flows.pending(&key) {
+            match known(flows, packet, flow, false) {
+                Known::Rewrite(rewrite) => return Verdict::Rewrite(rewrite),
+                Known::Gone => {}
+                Known::Clash => return open(flows, packet, class, ports, true),
+            }
+        }
+    } else if !class.has(AddressClass::BACKEND) {
+        return PASS;
+    }
+    open(flows, packet, class, ports, false)
+}
+
+/// What becomes of a packet from a client whose front entry exists.
+enum Known {
+    /// It goes to the flow's backend.
+    Rewrite(Rewrite),
+    /// The flow is over and has been removed.
+    Gone,
+    /// Its tuple towards the backend belongs to another connection; it has been removed.
+    Clash,
+}
+
+/// A packet of a known flow, from its client.
+#[inline(always)]
+fn known<F: Flows>(flows: &F, packet: &Parsed, front: FlowRef<'_>, established: bool) -> Known {
+    let mut rewrite = to_peer(front);
+    let id = front.fixed(|value| value.backend);
+    let is_tcp = packet.tuple.proto == Proto::TCP;
+    let opens = is_tcp && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    let closes = is_tcp && packet.tcp_flags & (tcp::FIN | tcp::RST) != 0;
+    let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
+    let gone = (opens || !is_tcp) && !direct && !is_same_backend(flows, id, &rewrite);
+    if opens || closes || !established || gone {
+        let (key, _) = plain_tuple(&packet.tuple, &rewrite).plain_key();
+        let Some(plain) = find(flows, &key) else {
+            flows.remove(&packet.tuple.front_key());
+            return Known::Gone;
+        };
+        let hot = Hot::unpack(plain.hot());
+        if gone || opens && hot.is_finished() {
+            remove_flow(flows, &packet.tuple, &rewrite, plain);
+            return Known::Gone;
+        }
+        if opens && hot.state & Hot::CLASH != 0 {
+            remove_flow(flows, &packet.tuple, &rewrite, plain);
+            return Known::Clash;
+        }
+        let after = hot.after(flows.now(), packet.tcp_flags, true);
+        if after != hot {
+            plain.set_hot(after.pack());
+        }
+        if !established && is_proven(packet, plain) {
+            promote(flows, packet, &rewrite, front, plain, &key);
+        }
+    }
+    rewrite.mac = bridge_mac(flows, packet, front, &rewrite);
+    Known::Rewrite(rewrite)
+}
+
+/// True if the id still names the backend of a flow.
+#[inline(always)]
+fn is_same_backend<F: Flows>(flows: &F, id: u32, rewrite: &Rewrite) -> bool {
+    match flows.backend(id) {
+        Some(backend) => backend.is_live() && backend.addr == rewrite.addr && backend.port == rewrite.port,
+        None => false,
+    }
+}
+
+/// The client's tuple as it leaves ingress.
+#[inline(always)]
+fn plain_tuple(tuple: &Tuple, rewrite: &Rewrite) -> Tuple {
+    let sport = if rewrite.other_port.is_zero() { tuple.sport } else { rewrite.other_port };
+    Tuple { src: tuple.src, dst: rewrite.addr, sport, dport: rewrite.port, proto: tuple.proto }
+}
+
+#[inline(always)]
+fn is_proven(packet: &Parsed, plain: FlowRef<'_>) -> bool {
+    let proof = Proof(plain.proof());
+    if packet.tuple.proto != Proto::TCP {
+        return proof.is_some();
+    }
+    packet.tcp_flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK && proof.is_met_by(packet.acknowledgment)
+}
+
+/// Moves a flow to the established ones: the entries that replies need first. If they have no room it stays pending.
+#[inline(always)]
+fn promote<F: Flows>(
+    flows: &F,
+    packet: &Parsed,
+    rewrite: &Rewrite,
+    front: FlowRef<'_>,
+    plain: FlowRef<'_>,
+    plain_key: &FlowKey,
+) {
+    let hot = Hot::unpack(plain.hot());
+    plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::ESTABLISHED }.pack());
+    if !flows.establish(plain_key, plain) {
+        flows.count_drop(DropReason::FlowTable);
+        return;
+    }
+    let snat = front.fixed(|value| value.has(FlowValue::SNAT));
+    let snat_key = snat_tuple(packet, rewrite, front).snat_key();
+    if snat {
+        let moved = match flows.pending(&snat_key) {
+            Some(entry) => flows.establish(&snat_key, entry),
+            None => false,
+        };
+        if !moved {
+            flows.remove_established(plain_key);
+            return;
+        }
+    }
+    let front_key = packet.tuple.front_key();
+    if !flows.establish(&front_key, front) {
+        flows.count_drop(DropReason::FlowTable);
+        flows.remove_established(plain_key);
+        if snat {
+            flows.remove_established(&snat_key);
+        }
+        return;
+    }
+    flows.remove_pending(&front_key);
+    flows.remove_pending(plain_key);
+    if snat {
+        flows.remove_pending(&snat_key);
+    }
+    let service = rewrite.service;
+    flows.count(service, Event::Flow);
+    if front.fixed(|value| value.has(FlowValue::AFFINITY)) {
+        let backend = front.fixed(|value| value.backend);
+        pick::remember(flows, &pick::affinity_of_address(&packet.tuple.src, service), backend, flows.now());
+    }
+}
+
+/// From the backend to the rewritten source of a front entry.
+#[inline(always)]
+fn snat_tuple(packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) -> Tuple {
+    Tuple {
+        src: rewrite.addr,
+        dst: front.fixed(|value| value.nat),
+        sport: rewrite.port,
+        dport: front.fixed(|value| value.nat_port),
+        proto: packet.tuple.proto,
+    }
+}
+
+/// Removes all entries of a flow, the forward ones first.
+#[inline(always)]
+fn remove_flow<F: Flows>(flows: &F, tuple: &Tuple, rewrite: &Rewrite, plain: FlowRef<'_>) {
+    flows.remove(&tuple.front_key());
+    if plain.fixed(|value| value.has(FlowValue::SNAT)) {
+        let nat = Tuple {
+            src: rewrite.addr,
+            dst: plain.fixed(|value| value.nat),
+            sport: rewrite.port,
+            dport: plain.fixed(|value| value.nat_port),
+            proto: tuple.proto,
+        };
+        flows.remove(&nat.snat_key());
+    }
+    flows.remove(&plain_tuple(tuple, rewrite).plain_key().0);
+}
+
+/// Where to send the frame when client and backend are ports of one bridge: the reply will be switched past the IP stack,
+/// so this packet must be too (else the kernel's connection tracking sees half a connection).
+#[inline(always)]
+fn bridge_mac<F: Flows>(flows: &F, packet: &Parsed, front: FlowRef<'_>, rewrite: &Rewrite) -> [u16; 3] {
+    let known = front.fixed(|value| value.mac);
+    if known != [0; 3] || front.fixed(|value| value.has(FlowValue::SNAT)) {
+        return known;
+    }
+    match flows.bridge_neighbour(&packet.tuple.src, &rewrite.addr) {
+        Some(mac) => {
+            front.set_mac(mac);
+            mac
+        }
+        None => known,
+    }
+}
+
+/// A packet without a flow.
+#[inline(always)]
+fn open<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse, clash: bool) -> Verdict {
+    let tuple = &packet.tuple;
+    let found = pick::find_frontend(flows, class, ports, &tuple.dst, tuple.dport, tuple.proto);
+    let is_tcp = tuple.proto == Proto::TCP;
+    let opens = !is_tcp || packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN;
+    let Some(frontend) = found else {
+        return if class.has(AddressClass::CLUSTER_IP) {
+            no_frontend(flows, packet, opens)
+        } else if class.has(AddressClass::BACKEND) && opens {
+            direct(flows, packet)
+        } else {
+            PASS
+        };
+    };
+    if packet.kind == Kind::LaterFragment {
+        // The first fragment was refused, or its flow is gone.
+        return Verdict::Refuse(DropReason::FragmentUnknown, Refusal::Drop);
+    }
+    if !opens || !is_tcp {
+        // A connection that a predecessor translates by the kernel's connection tracking lives on there.
+        if flows.tracked(tuple) == Tracked::Translated {
+            return PASS;
+        }
+    }
+    if !opens {
+        return if frontend.value.has(FrontendValue::CLUSTER_IP) {
+            Verdict::Refuse(DropReason::NoConnection, Refusal::Reject)
+        } else {
+            PASS
+        };
+    }
+    if !is_tcp && frontend.by_node_port && flows.has_connected_socket(tuple) {
+        return PASS;
+    }
+    open_flow(flows, packet, frontend, clash)
+}
+
+/// A port of a ClusterIP that no service has.
+#[inline(always)]
+fn no_frontend<F: Flows>(flows: &F, packet: &Parsed, opens: bool) -> Verdict {
+    if (!opens || packet.tuple.proto != Proto::TCP) && flows.tracked(&packet.tuple) == Tracked::Translated {
+        return PASS;
+    }
+    Verdict::Refuse(DropReason::UnknownPort, Refusal::Reject)
+}
+
+#[inline(always)]
+fn client_of<F: Flows>(flows: &F, tuple: &Tuple, service: u32) -> Client {
+    let (inside, key) = match flows.config() {
+        Some(config) => (config.is_cluster_address(&tuple.src), config.hash_key),
+        None => (false, [0; 2]),
+    };
+    Client {
+        inside: inside || flows.address(&tuple.src).has(AddressClass::NODE),
+        affinity: pick::affinity_of_address(&tuple.src, service),
+        hash: select::hash_tuple(key, tuple),
+    }
+}
+
+/// True if replies would not come back through this node unless the source is rewritten.
+#[inline(always)]
+fn needs_snat<F: Flows>(flows: &F, tuple: &Tuple, frontend: FrontendValue, pick: &Pick) -> bool {
+    if pick.backend.addr == tuple.src {
+        return true;
+    }
+    if pick.backend.is_local() {
+        return false;
+    }
+    match flows.config() {
+        Some(config) => {
+            let from_cluster = frontend.has(FrontendValue::CLUSTER_IP) && config.is_cluster_address(&tuple.src);
+            !from_cluster && !config.is_own_pod_address(&tuple.src)
+        }
+        None => true,
+    }
+}
+
+/// Opens a flow through a frontend.
+#[inline(always)]
+fn open_flow<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, clash: bool) -> Verdict {
+    let tuple = &packet.tuple;
+    let service = frontend.value.service;
+    let client = client_of(flows, tuple, service);
+    let pick = match pick::pick(flows, frontend.value, &client, flows.now()) {
+        Ok(pick) => pick,
+        Err((reason, refusal)) => {
+            flows.count(service, Event::NoBackend);
+            return Verdict::Refuse(reason, refusal);
+        }
+    };
+    let mut flags = if pick.affine { FlowValue::AFFINITY } else { 0 };
+    let mut nat = Addr::UNSPECIFIED_V6;
+    if needs_snat(flows, tuple, frontend.value, &pick) {
+        match flows.source_towards(&tuple.src, &pick.backend.addr) {
+            Some(source) if !source.is_v6_link_local() => nat = source,
+            _ => return Verdict::Refuse(DropReason::NoRouteToBackend, Refusal::Drop),
+        }
+        flags |= FlowValue::SNAT;
+    }
+    let target = Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags };
+    insert(flows, packet, &target, clash)
+}
+
+/// A direct connection to a backend whose tuple a translated flow from the same device already has: it gets another
+/// source port, so that the backend's replies can be told apart.
+#[inline(always)]
+fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
+    let tuple = &packet.tuple;
+    if packet.kind == Kind::LaterFragment {
+        return PASS;
+    }
+    let Some(plain) = find(flows, &tuple.plain_key().0) else { return PASS };
+    // Met again at another device it is the translated packet itself.
+    if plain.fixed(|value| value.ifindex) != flows.ifindex() || plain.fixed(|value| value.has(FlowValue::DIRECT)) {
+        return PASS;
+    }
+    if Hot::unpack(plain.hot()).is_finished() {
+        return PASS;
+    }
+    flows.set_flows_of(&tuple.dst);
+    let target = Target {
+        addr: tuple.dst,
+        port: tuple.dport,
+        id: 0,
+        service: 0,
+        nat: Addr::UNSPECIFIED_V6,
+        flags: FlowValue::DIRECT,
+    };
+    insert(flows, packet, &target, true)
+}
+
+/// Where a new flow goes.
+#[derive(Clone, Copy)]
+struct Target {
+    addr: Addr,
+    port: Be16,
+    id: u32,
+    service: u32,
+    nat: Addr,
+    flags: u32,
+}
+
+/// Stores the entries of a new flow: plain, under a source port that nobody else uses towards the backend; snat likewise;
+/// front last, since it is what packets find.
+#[inline(always)]
+fn insert<F: Flows>(flows: &F, packet: &Parsed, target: &Target, clash: bool) -> Verdict {
+    let tuple = &packet.tuple;
+    let now = flows.now();
+    let mut value = FlowValue::ZERO;
+    value.hot = Hot { seen: now, state: 0 }.pack();
+    value.peer = tuple.dst;
+    value.peer_port = tuple.dport;
+    value.nat = target.nat;
+    value.service = target.service;
+    value.backend = target.id;
+    value.ifindex = flows.ifindex();
+    value.flags = target.flags;
+
+    let mut plain = Tuple { src: tuple.src, dst: target.addr, sport: tuple.sport, dport: target.port, proto: tuple.proto };
+    let taken = clash || tuple.proto != Proto::TCP && flows.tracked(&plain) != Tracked::Unknown;
+    if taken || !claim_plain(flows, &plain, &mut value) {
+        value.alias_port = tuple.sport;
+        if !search_port(flows, tuple, |port| {
+            plain.sport = port;
+            claim_plain(flows, &plain, &mut value)
+        }) {
+            return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
+        }
+    }
+    let (plain_key, _) = plain.plain_key();
+    if value.has(FlowValue::SNAT) {
+        if !claim_snat(flows, &plain, &mut value) {
+            flows.remove_pending(&plain_key);
+            return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
+        }
+        value.peer = tuple.dst;
+        value.peer_port = tuple.dport;
+        flows.insert_pending(&plain_key, &value, false);
+    }
+    value.peer = target.addr;
+    value.peer_port = target.port;
+    value.alias_port = if plain.sport == tuple.sport { Be16::ZERO } else { plain.sport };
+    if !value.has(FlowValue::SNAT) {
+        if let Some(mac) = flows.bridge_neighbour(&tuple.src, &target.addr) {
+            value.mac = mac;
+        }
+    }
+    if !flows.insert_pending(&tuple.front_key(), &value, false) {
+        // Not remembered, but the pick can be derived again: the packet goes on.
+        flows.count_drop(DropReason::FlowTable);
+    }
+    Verdict::Rewrite(Rewrite {
+        addr: target.addr,
+        port: target.port,
+        other_port: value.alias_port,
+        mac: value.mac,
+        service: target.service,
+    })
+}
+
+/// Stores the plain entry of a flow if its key is free; a finished or outlived one is no hindrance.
+#[inline(always)]
+fn claim_plain<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> bool {
+    let (key, client_is_a) = plain.plain_key();
+    value.flags = value.flags & !FlowValue::CLIENT_IS_A | if client_is_a { FlowValue::CLIENT_IS_A } else { 0 };
+    if let Some(other) = flows.established(&key) {
+        if !is_over(flows, plain.proto, other) {
+            return false;
+        }
+        flows.remove(&key);
+    }
+    if flows.insert_pending(&key, value, true) {
+        return true;
+    }
+    match flows.pending(&key) {
+        Some(other) if is_over(flows, plain.proto, other) => flows.insert_pending(&key, value, false),
+        _ => false,
+    }
+}
+
+#[inline(always)]
+fn is_over<F: Flows>(flows: &F, proto: Proto, plain: FlowRef<'_>) -> bool {
+    let hot = Hot::unpack(plain.hot());
+    hot.is_finished() || flow::is_expired(proto, hot, flows.now())
+}
+
+/// Stores the snat entry of a flow under a free port of its new source: the client's own if it may be kept.
+#[inline(always)]
+fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> bool {
+    let mut reply =
+        Tuple { src: plain.dst, dst: value.nat, sport: plain.dport, dport: plain.sport, proto: plain.proto };
+    value.peer = plain.src;
+    value.peer_port = plain.sport;
+    let alias = value.alias_port;
+    value.alias_port = Be16::ZERO;
+    let found = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value)
+        || search_port(flows, plain, |port| {
+            reply.dport = port;
+            claim_reply(flows, &reply, value)
+        });
+    value.alias_port = alias;
+    value.nat_port = reply.dport;
+    if found && reply.dport == plain.sport {
+        flows.set_snat_port(reply.dport.host());
+    }
+    found
+}
+
+#[inline(always)]
+fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> bool {
+    let key = reply.snat_key();
+    if flows.established(&key).is_some() || !flows.insert_pending(&key, value, true) {
+        return false;
+    }
+    // A connection of this node itself with the same ends would lose its replies to us.
+    if flows.has_connected_socket(reply) {
+        flows.remove_pending(&key);
+        return false;
+    }
+    true
+}
+
+/// A client's port is kept as the port of a rewritten source if the kernel does not hand it out itself.
+#[inline(always)]
+fn may_keep_port<F: Flows>(flows: &F, port: Port) -> bool {
+    match flows.config() {
+        Some(config) => {
+            port.0 != 0
+                && (port.0 < config.local_first || port.0 > config.local_last)
+                && !flows.port_use(port).has(PortUse::NODE_PORT)
+        }
+        None => false,
+    }
+}
+
+/// Tries every port of the SNAT range once, beginning at one that depends on the connection.
+#[inline(always)]
+fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16) -> bool) -> bool {
+    let Some(config) = flows.config() else { return false };
+    let (first, last) = (config.snat_first as u32, config.snat_last as u32);
+    if last < first {
+        return false;
+    }
+    let count = last - first + 1;
+    let start = select::position(select::hash_tuple(config.hash_key, tuple) >> 32, count);
+    flows.search(count, |step| {
+        let offset = start + step;
+        let offset = if offset >= count { offset - count } else { offset };
+        claim(Port((first + offset) as u16).be())
+    })
+}
+
+/// An ICMP error at ingress: about a packet we sent with a rewritten source, or about a reply from a frontend.
+#[inline(always)]
+fn icmp_error<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse) -> Verdict {
+    let tuple = &packet.tuple;
+    if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
+        if let Some(flow) = find(flows, &tuple.snat_key()) {
+            return Verdict::Rewrite(to_peer(flow));
+        }
+    }
+    if let Some(flow) = find(flows, &tuple.front_key()) {
+        return Verdict::Rewrite(to_peer(flow));
+    }
+    if class.has(AddressClass::CLUSTER_IP) {
+        return Verdict::Refuse(DropReason::NoConnection, Refusal::Drop);
+    }
+    PASS
+}
+
+/// Decides on a packet that leaves by a device.
+#[inline(always)]
+pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
+    match packet.kind {
+        Kind::Echo | Kind::Other => return untranslated(flows, packet),
+        Kind::Transport | Kind::LaterFragment => {
+            if !fragment_ports(flows, packet, Hook::Egress) {
+                return PASS;
+            }
+        }
+        Kind::IcmpError | Kind::IcmpRedirect => {}
+    }
+    let (key, src_first) = packet.tuple.plain_key();
+    let Some(plain) = find(flows, &key) else { return untranslated(flows, packet) };
+    let from_client = plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first;
+    match packet.kind {
+        Kind::IcmpRedirect => return Verdict::Refuse(DropReason::Redirect, Refusal::Drop),
+        Kind::IcmpError => {}
+        _ => {
+            if !touch(flows, packet, plain, from_client) {
+                return PASS;
+            }
+        }
+    }
+    if !from_client {
+        return Verdict::Rewrite(to_peer(plain));
+    }
+    if !plain.fixed(|value| value.has(FlowValue::SNAT)) {
+        return PASS;
+    }
+    Verdict::Rewrite(Rewrite {
+        addr: plain.fixed(|value| value.nat),
+        port: plain.fixed(|value| value.nat_port),
+        other_port: Be16::ZERO,
+        mac: [0; 3],
+        service: plain.fixed(|value| value.service),
+    })
+}
+
+/// Notes a packet in its flow; writes only if the second or the state changed. False: the packet is not of this flow.
+#[inline(always)]
+fn touch<F: Flows>(flows: &F, packet: &Parsed, plain: FlowRef<'_>, from_client: bool) -> bool {
+    let hot = Hot::unpack(plain.hot());
+    if !from_client && hot.state & Hot::ESTABLISHED == 0 && !answer(packet, plain, hot) {
+        return false;
+    }
+    let after = hot.after(flows.now(), packet.tcp_flags, from_client);
+    if after != hot {
+        plain.set_hot(after.pack());
+    }
+    true
+}
+
+/// The backend's answer to a pending flow. False: it belongs to another connection with the same ends (a backend answers a
+/// SYN on a living connection with a challenge ACK, RFC 5961); it passes untouched and the next SYN avoids the clash.
+#[inline(always)]
+fn answer(packet: &Parsed, plain: FlowRef<'_>, hot: Hot) -> bool {
+    let proof = Proof(plain.proof());
+    if packet.tuple.proto != Proto::TCP {
+        if !proof.is_some() {
+            plain.set_proof(Proof::ANSWERED.0);
+        }
+        return true;
+    }
+    let syn_ack = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK;
+    if syn_ack {
+        plain.set_proof(Proof::syn_ack(packet.sequence).0);
+    } else if !proof.is_some() && packet.tcp_flags & tcp::RST == 0 {
+        plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::CLASH }.pack());
+        return false;
+    }
+    true
+}
+
+/// A packet that no flow translates: if it goes to a service's address, a process that the socket hooks do not see made it.
+#[inline(always)]
+fn untranslated<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
+    match flows.config() {
+        Some(config) if config.is_service_address(&packet.outer_dst) => {
+            Verdict::Refuse(DropReason::HostUnhooked, Refusal::Reject)
+        }
+        _ => PASS,
+    }
+}

@@ -1,0 +1,154 @@
+//! From a frontend to a backend: which set a client gets, affinity, and the pick. Shared by sockets and packets.
+
+use crate::abi::address::{AddressClass, PortUse};
+use crate::abi::affinity::{AffinityKey, AffinityValue};
+use crate::abi::backend::BackendRecord;
+use crate::abi::frontend::{FrontendKey, FrontendValue};
+use crate::abi::service::Range;
+use crate::addr::{Addr, Be16, Proto};
+use crate::lb::flow::Seconds;
+use crate::lb::select;
+use crate::tables::Tables;
+use crate::verdict::{DropReason, Refusal};
+
+/// A frontend that was found, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frontend {
+    /// Its service and flags.
+    pub value: FrontendValue,
+    /// True if the NodePort wildcard matched, not the address itself.
+    pub by_node_port: bool,
+}
+
+/// The frontend of a destination whose class is `class`: the exact address and port, the address with any port, a
+/// NodePort; in that order.
+#[inline(always)]
+pub fn find_frontend<T: Tables>(
+    tables: &T,
+    class: AddressClass,
+    ports: PortUse,
+    addr: &Addr,
+    port: Be16,
+    proto: Proto,
+) -> Option<Frontend> {
+    let mut key = FrontendKey { addr: *addr, port, proto: proto.0, reserved: 0 };
+    if class.has(AddressClass::FRONTEND) {
+        if let Some(value) = tables.frontend(&key) {
+            return Some(Frontend { value, by_node_port: false });
+        }
+        if class.has(AddressClass::ANY_PORT) {
+            key.port = Be16::ZERO;
+            if let Some(value) = tables.frontend(&key) {
+                return Some(Frontend { value, by_node_port: false });
+            }
+            key.port = port;
+        }
+    }
+    if class.has(AddressClass::NODE_PORT) && ports.has(PortUse::NODE_PORT) {
+        key.addr = addr.wildcard();
+        if let Some(value) = tables.frontend(&key) {
+            return Some(Frontend { value, by_node_port: true });
+        }
+    }
+    None
+}
+
+/// A client, as far as the pick depends on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    /// Inside: this node itself, or an address of the cluster.
+    pub inside: bool,
+    /// Key of affinity; its service is filled in.
+    pub affinity: AffinityKey,
+    /// Random to an outsider, the same for the same connection.
+    pub hash: u64,
+}
+
+/// A backend that was picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pick {
+    /// Its id.
+    pub id: u32,
+    /// Its record.
+    pub backend: BackendRecord,
+    /// The service has affinity.
+    pub affine: bool,
+}
+
+/// Looks at a range again when its slots have meanwhile been given to another service.
+const RANGE_READS: usize = 3;
+
+/// The backend for a new connection, or why there is none.
+#[inline(always)]
+pub fn pick<T: Tables>(
+    tables: &T,
+    frontend: FrontendValue,
+    client: &Client,
+    now: Seconds,
+) -> Result<Pick, (DropReason, Refusal)> {
+    let local = frontend.has(if client.inside { FrontendValue::INSIDE_LOCAL } else { FrontendValue::OUTSIDE_LOCAL });
+    let timeout = tables.affinity_timeout(frontend.service);
+    for _ in 0..RANGE_READS {
+        let Some(range) = tables.range(frontend.service, local) else { break };
+        if range.count == 0 {
+            return Err(nobody(range));
+        }
+        if timeout != 0 {
+            if let Some(pick) = remembered(tables, range, client, timeout, now) {
+                return Ok(pick);
+            }
+        }
+        let position = range.base.wrapping_add(select::position(client.hash, range.count));
+        let Some(slot) = tables.slot(position) else { break };
+        if slot.owner != frontend.service {
+            continue;
+        }
+        if let Some(backend) = tables.backend(slot.backend) {
+            if backend.is_live() {
+                return Ok(Pick { id: slot.backend, backend, affine: timeout != 0 });
+            }
+        }
+    }
+    Err((DropReason::NoEndpoint, Refusal::Reject))
+}
+
+#[inline(always)]
+fn nobody(range: Range) -> (DropReason, Refusal) {
+    if range.base == Range::DROP.base {
+        (DropReason::NoLocalEndpoint, Refusal::Drop)
+    } else {
+        (DropReason::NoEndpoint, Refusal::Reject)
+    }
+}
+
+/// The backend that the client had last, if that was not too long ago and it still stands in the set.
+#[inline(always)]
+fn remembered<T: Tables>(tables: &T, range: Range, client: &Client, timeout: u32, now: Seconds) -> Option<Pick> {
+    let last = tables.affinity(&client.affinity)?;
+    if Seconds(last.seen).age(now) > Seconds::span(timeout) {
+        return None;
+    }
+    let backend = tables.backend(last.backend)?;
+    if !backend.is_live() || !tables.range_contains(range, last.backend) {
+        return None;
+    }
+    Some(Pick { id: last.backend, backend, affine: true })
+}
+
+/// Remembers `backend` for the client.
+#[inline(always)]
+pub fn remember<T: Tables>(tables: &T, key: &AffinityKey, backend: u32, now: Seconds) {
+    tables.set_affinity(key, &AffinityValue { backend, seen: now.0 });
+}
+
+/// The affinity key of a client address.
+#[inline(always)]
+pub const fn affinity_of_address(addr: &Addr, service: u32) -> AffinityKey {
+    AffinityKey { client: addr.0, service, is_cookie: 0 }
+}
+
+/// The affinity key of the processes in a network namespace.
+#[inline(always)]
+pub const fn affinity_of_netns(cookie: u64, service: u32) -> AffinityKey {
+    AffinityKey { client: [cookie as u32, (cookie >> 32) as u32, 0, 0], service, is_cookie: 1 }
+}
