@@ -18,9 +18,5 @@ pub struct Args {
 /// Rewrites the expectations. Errors: a test fails for another reason, or none has the name.
 pub fn run(args: &Args) -> Result<()> {
     let name = Some(args.name.clone());
-    test::run(&test::Args {
-        name,
-        env: vec![(BLESS, "1".into())],
-        ..Default::default()
-    })
+    test::run(&test::Args { name, env: vec![(BLESS, "1".into())], ..Default::default() })
 }

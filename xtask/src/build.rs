@@ -33,10 +33,7 @@ pub fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     let build = Cmd::new("cargo").args(["build", "--release", "--package", "proxy-userspace", "--bin", "shunt"]);
-    build
-        .dir(workspace::root())
-        .hint("the compiler's message above says why")
-        .run()?;
+    build.dir(workspace::root()).hint("the compiler's message above says why").run()?;
     run::say(&format!("built {}", workspace::shunt().display()));
     Ok(())
 }
@@ -44,9 +41,7 @@ pub fn run(args: &Args) -> Result<()> {
 /// The BPF object is up to date; its file is touched only if its bytes changed, so that nothing is rebuilt needlessly.
 pub fn object(toolchain: &Toolchain) -> Result<()> {
     toolchain.cargo("build").hint(toolchain::hint()).run()?;
-    let built = workspace::bpf_target()
-        .join(toolchain::TARGET)
-        .join("release/shunt-bpf");
+    let built = workspace::bpf_target().join(toolchain::TARGET).join("release/shunt-bpf");
     replace_if_changed(&built, &workspace::bpf_object())
 }
 

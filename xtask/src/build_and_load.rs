@@ -15,14 +15,7 @@ use crate::{
 /// The agent's default for its pinned things.
 const DEFAULT_BPFFS: &str = "/sys/fs/bpf/shunt";
 /// The agent's arguments that name a source, or a file that may.
-const SOURCES: [&str; 6] = [
-    "--manifests",
-    "--kubernetes",
-    "--kubeconfig",
-    "--consul",
-    "--registry",
-    "--config",
-];
+const SOURCES: [&str; 6] = ["--manifests", "--kubernetes", "--kubeconfig", "--consul", "--registry", "--config"];
 
 /// Arguments of `build-and-load`.
 #[derive(Debug, clap::Args)]
@@ -46,10 +39,7 @@ pub struct Args {
 /// Errors: the build fails, or the agent does.
 pub fn run(args: &Args) -> Result<()> {
     if !args.no_build {
-        build::run(&build::Args {
-            toolchain: args.toolchain,
-            ..Default::default()
-        })?;
+        build::run(&build::Args { toolchain: args.toolchain, ..Default::default() })?;
     }
     if !nix::unistd::geteuid().is_root() {
         return again_as_root(args);
@@ -67,19 +57,12 @@ pub fn run(args: &Args) -> Result<()> {
 fn again_as_root(args: &Args) -> Result<()> {
     privilege::ensure("cargo xtask test --unit")?;
     let xtask = std::env::current_exe().context("the path of this program is not known")?;
-    let root = (
-        "CARGO_MANIFEST_DIR",
-        workspace::root().join("xtask").display().to_string(),
-    );
+    let root = ("CARGO_MANIFEST_DIR", workspace::root().join("xtask").display().to_string());
     let target = ("CARGO_TARGET_DIR", workspace::target().display().to_string());
     let cmd = privilege::as_root(&xtask, [root, target]).args(["build-and-load", "--no-build"]);
     let cmd = args.netns.iter().fold(cmd, |cmd, name| cmd.args(["--netns", name]));
     let status = namespace::run(cmd.arg("--").args(&args.agent), None)?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(crate::Reported.into())
-    }
+    if status.success() { Ok(()) } else { Err(crate::Reported.into()) }
 }
 
 /// The agent's arguments with a source among them.
@@ -96,10 +79,7 @@ fn agent_args(given: &[String], root: &Path) -> Vec<String> {
 /// The directory of pinned things that the agent's arguments name.
 fn bpffs(agent: &[String]) -> &str {
     let joined = agent.iter().find_map(|arg| arg.strip_prefix("--bpffs="));
-    let apart = agent
-        .iter()
-        .position(|arg| arg == "--bpffs")
-        .and_then(|at| agent.get(at + 1));
+    let apart = agent.iter().position(|arg| arg == "--bpffs").and_then(|at| agent.get(at + 1));
     joined.or(apart.map(String::as_str)).unwrap_or(DEFAULT_BPFFS)
 }
 
@@ -110,11 +90,7 @@ fn tell_what_stays(bpffs: &str, netns: Option<&str>) {
         return;
     }
     let enter = netns.map_or(String::new(), |name| format!("nsenter --net=/run/netns/{name} "));
-    let other = if bpffs == DEFAULT_BPFFS {
-        String::new()
-    } else {
-        format!(" --bpffs {bpffs}")
-    };
+    let other = if bpffs == DEFAULT_BPFFS { String::new() } else { format!(" --bpffs {bpffs}") };
     run::say(&format!(
         "{pinned} maps, programs and links stay pinned under {bpffs}: services go on working without the agent, and the \
          next agent adopts them.\nto remove them: sudo {enter}{} cleanup{other}",
@@ -124,15 +100,7 @@ fn tell_what_stays(bpffs: &str, netns: Option<&str>) {
 
 fn count_files(dir: &Path) -> usize {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .map(|entry| {
-            if entry.path().is_dir() {
-                count_files(&entry.path())
-            } else {
-                1
-            }
-        })
-        .sum()
+    entries.map(|entry| if entry.path().is_dir() { count_files(&entry.path()) } else { 1 }).sum()
 }
 
 #[cfg(test)]

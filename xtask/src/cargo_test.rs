@@ -30,11 +30,7 @@ pub struct TestBinary {
 impl TestBinary {
     /// The name for a reader: the suite's, or package and target.
     pub fn label(&self) -> String {
-        if self.is_privileged {
-            self.target.clone()
-        } else {
-            format!("{}/{}", self.package, self.target)
-        }
+        if self.is_privileged { self.target.clone() } else { format!("{}/{}", self.package, self.target) }
     }
 }
 
@@ -64,12 +60,9 @@ pub struct Names {
 impl Names {
     /// Asks cargo.
     pub fn look() -> Result<Self> {
-        let metadata = Cmd::new("cargo")
-            .args(["metadata", "--no-deps", "--format-version", "1"])
-            .dir(workspace::root());
-        Ok(parse_metadata(
-            &serde_json::from_str(&metadata.read()?).context("cargo metadata printed no JSON")?,
-        ))
+        let metadata =
+            Cmd::new("cargo").args(["metadata", "--no-deps", "--format-version", "1"]).dir(workspace::root());
+        Ok(parse_metadata(&serde_json::from_str(&metadata.read()?).context("cargo metadata printed no JSON")?))
     }
 
     /// The packages with documentation tests among the selected.
@@ -122,9 +115,7 @@ fn text(value: &Value) -> String {
 }
 
 fn has_kind(target: &Value, kind: &str) -> bool {
-    target["kind"]
-        .as_array()
-        .is_some_and(|kinds| kinds.iter().any(|known| known == kind))
+    target["kind"].as_array().is_some_and(|kinds| kinds.iter().any(|known| known == kind))
 }
 
 /// Builds the selected test binaries; those without privilege come first.
@@ -134,25 +125,17 @@ pub fn build(selection: &Selection) -> Result<Vec<TestBinary>> {
         Selection::Package(name) => &["--package", name, "--tests"],
         Selection::Suite(name) => &["--package", SUITES_PACKAGE, "--test", name],
     };
-    let mut cargo = Cmd::new("cargo")
-        .args(["test", "--no-run", "--message-format=json-render-diagnostics"])
-        .args(which);
+    let mut cargo =
+        Cmd::new("cargo").args(["test", "--no-run", "--message-format=json-render-diagnostics"]).args(which);
     cargo = cargo.dir(workspace::root()).stdout(Stdio::piped());
     let child = cargo.spawn()?;
     let output = child.wait_with_output().context("cargo's messages cannot be read")?;
     if !output.status.success() {
-        bail!(
-            "`{}`: {}\n  the compiler's message above says why",
-            cargo.shown(),
-            output.status
-        );
+        bail!("`{}`: {}\n  the compiler's message above says why", cargo.shown(), output.status);
     }
     let messages = String::from_utf8_lossy(&output.stdout);
-    let mut binaries: Vec<_> = messages
-        .lines()
-        .filter_map(parse_artifact)
-        .filter(|b| is_selected(b, selection))
-        .collect();
+    let mut binaries: Vec<_> =
+        messages.lines().filter_map(parse_artifact).filter(|b| is_selected(b, selection)).collect();
     binaries.sort_by_key(|binary| binary.is_privileged);
     Ok(binaries)
 }
@@ -172,10 +155,7 @@ fn parse_artifact(line: &str) -> Option<TestBinary> {
     let path = message["executable"].as_str().filter(|_| is_test)?;
     let target = &message["target"];
     // A package's directory names it: `.../tests/Cargo.toml`.
-    let dir = Path::new(message["manifest_path"].as_str()?)
-        .parent()?
-        .file_name()?
-        .to_str()?;
+    let dir = Path::new(message["manifest_path"].as_str()?).parent()?.file_name()?.to_str()?;
     let package = if dir == "tests" { SUITES_PACKAGE } else { dir };
     Some(TestBinary {
         package: package.to_owned(),
@@ -206,10 +186,7 @@ mod tests {
         assert_eq!(select(false, None), Selection::All);
         assert_eq!(select(true, None), Selection::Unit);
         assert_eq!(select(false, Some("lifetime")), Selection::Suite("lifetime".into()));
-        assert_eq!(
-            select(false, Some("proxy-common")),
-            Selection::Package("proxy-common".into())
-        );
+        assert_eq!(select(false, Some("proxy-common")), Selection::Package("proxy-common".into()));
         assert_eq!(select(true, Some("demo")), Selection::Filter("demo".into()));
         assert!(names().select(true, Some("lifetime")).is_err());
     }
@@ -217,10 +194,7 @@ mod tests {
     #[test]
     fn documentation_is_tested_with_its_package() {
         assert_eq!(names().documented(&Selection::Unit), ["proxy-common", "shunt-tests"]);
-        assert_eq!(
-            names().documented(&Selection::Package("proxy-common".into())),
-            ["proxy-common"]
-        );
+        assert_eq!(names().documented(&Selection::Package("proxy-common".into())), ["proxy-common"]);
         assert!(names().documented(&Selection::Suite("lifetime".into())).is_empty());
     }
 

@@ -17,8 +17,5 @@ pub fn run() -> Result<()> {
             failed.push(name.to_owned());
         }
     }
-    test::run(&test::Args {
-        failed_before: failed,
-        ..Default::default()
-    })
+    test::run(&test::Args { failed_before: failed, ..Default::default() })
 }

@@ -38,31 +38,15 @@ struct Binary {
 
 /// In the order of building: what the tests cannot do without comes first.
 const BINARIES: [Binary; 5] = [
-    Binary {
-        name: "etcd",
-        module: "etcd",
-        package: "go.etcd.io/etcd/server/v3",
-    },
-    Binary {
-        name: "kube-apiserver",
-        module: "kubernetes",
-        package: "k8s.io/kubernetes/cmd/kube-apiserver",
-    },
+    Binary { name: "etcd", module: "etcd", package: "go.etcd.io/etcd/server/v3" },
+    Binary { name: "kube-apiserver", module: "kubernetes", package: "k8s.io/kubernetes/cmd/kube-apiserver" },
     Binary {
         name: "kube-controller-manager",
         module: "kubernetes",
         package: "k8s.io/kubernetes/cmd/kube-controller-manager",
     },
-    Binary {
-        name: "kube-proxy",
-        module: "kubernetes",
-        package: "k8s.io/kubernetes/cmd/kube-proxy",
-    },
-    Binary {
-        name: "kubectl",
-        module: "kubernetes",
-        package: "k8s.io/kubernetes/cmd/kubectl",
-    },
+    Binary { name: "kube-proxy", module: "kubernetes", package: "k8s.io/kubernetes/cmd/kube-proxy" },
+    Binary { name: "kubectl", module: "kubernetes", package: "k8s.io/kubernetes/cmd/kubectl" },
 ];
 
 /// Builds what is missing or out of date and says where it lies, or why this machine cannot.
@@ -117,37 +101,23 @@ fn download(go: &Path, binary: &Binary) -> Result<(), String> {
     let mut command = go_command(go, binary);
     command.args(["list", "-deps", "-f", "{{.ImportPath}}", binary.package]);
     println!("+ {command:?}");
-    let output = command
-        .output()
-        .map_err(|error| format!("cannot run {}: {error}", go.display()))?;
+    let output = command.output().map_err(|error| format!("cannot run {}: {error}", go.display()))?;
     if output.status.success() {
         return Ok(());
     }
     let reason = String::from_utf8_lossy(&output.stderr);
     let last = reason.lines().last().unwrap_or("go said nothing").to_owned();
-    Err(format!(
-        "the sources of {} cannot be had from the Go module proxy (GOPROXY): {last}",
-        binary.name
-    ))
+    Err(format!("the sources of {} cannot be had from the Go module proxy (GOPROXY): {last}", binary.name))
 }
 
 fn build(go: &Path, binary: &Binary, bin_dir: &Path) -> Result<()> {
     let go_mod = fs::read_to_string(module_dir(binary).join("go.mod"))?;
     let mut command = go_command(go, binary);
     // -trimpath and no VCS stamp: the same bytes wherever the checkout lies.
-    command.args([
-        "build",
-        "-trimpath",
-        "-buildvcs=false",
-        "-ldflags",
-        &ldflags(binary, &go_mod)?,
-        "-o",
-    ]);
+    command.args(["build", "-trimpath", "-buildvcs=false", "-ldflags", &ldflags(binary, &go_mod)?, "-o"]);
     command.arg(bin_dir.join(binary.name)).arg(binary.package);
     println!("+ {command:?}");
-    let status = command
-        .status()
-        .with_context(|| format!("cannot run {}", go.display()))?;
+    let status = command.status().with_context(|| format!("cannot run {}", go.display()))?;
     ensure!(status.success(), "{command:?} failed: {status}");
     Ok(())
 }
@@ -162,9 +132,7 @@ fn ldflags(binary: &Binary, go_mod: &str) -> Result<String> {
     let mut numbers = version.trim_start_matches('v').split('.');
     let (major, minor) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
     let base = "k8s.io/component-base/version";
-    Ok(format!(
-        "-s -w -X {base}.gitVersion={version} -X {base}.gitMajor={major} -X {base}.gitMinor={minor}"
-    ))
+    Ok(format!("-s -w -X {base}.gitVersion={version} -X {base}.gitMajor={major} -X {base}.gitMinor={minor}"))
 }
 
 /// The version that a `go.mod` requires of `module`, in a block or on a line of its own.
@@ -180,11 +148,7 @@ fn go_command(go: &Path, binary: &Binary) -> Command {
     let mut command = Command::new(go);
     command.current_dir(module_dir(binary));
     // GOTOOLCHAIN: never fetch another compiler. Read only: the committed checksums are the truth, not a file to be mended.
-    command
-        .env("GOTOOLCHAIN", "local")
-        .env("GOFLAGS", "-mod=readonly")
-        .env("GOWORK", "off")
-        .env("CGO_ENABLED", "0");
+    command.env("GOTOOLCHAIN", "local").env("GOFLAGS", "-mod=readonly").env("GOWORK", "off").env("CGO_ENABLED", "0");
     command
 }
 
@@ -192,9 +156,8 @@ fn go_command(go: &Path, binary: &Binary) -> Command {
 fn find_go() -> Result<PathBuf, String> {
     let (major, minor) = OLDEST_GO;
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let candidates = std::env::split_paths(&path)
-        .map(|dir| dir.join("go"))
-        .chain([PathBuf::from("/usr/local/go/bin/go")]);
+    let candidates =
+        std::env::split_paths(&path).map(|dir| dir.join("go")).chain([PathBuf::from("/usr/local/go/bin/go")]);
     let mut found = None;
     for go in candidates.filter(|go| go.is_file()) {
         let Some(version) = go_version(&go) else { continue };
@@ -204,20 +167,15 @@ fn find_go() -> Result<PathBuf, String> {
         found = Some((go, version));
     }
     Err(match found {
-        Some((go, (a, b))) => format!(
-            "{} is Go {a}.{b}; Go {major}.{minor} or newer is needed: https://go.dev/dl",
-            go.display()
-        ),
+        Some((go, (a, b))) => {
+            format!("{} is Go {a}.{b}; Go {major}.{minor} or newer is needed: https://go.dev/dl", go.display())
+        }
         None => format!("Go {major}.{minor} or newer is needed: https://go.dev/dl"),
     })
 }
 
 fn go_version(go: &Path) -> Option<(u32, u32)> {
-    let output = Command::new(go)
-        .args(["env", "GOVERSION"])
-        .env("GOTOOLCHAIN", "local")
-        .output()
-        .ok()?;
+    let output = Command::new(go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").output().ok()?;
     parse_go_version(&String::from_utf8(output.stdout).ok()?)
 }
 
@@ -240,10 +198,7 @@ fn target_dir() -> PathBuf {
 }
 
 fn root_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("xtask lies inside the repository")
-        .to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies inside the repository").to_owned()
 }
 
 #[cfg(test)]
@@ -263,10 +218,7 @@ mod tests {
             "require (\n\tk8s.io/kubernetes v1.36.3 // indirect\n)\nreplace (\n\tk8s.io/api => k8s.io/api v0.36.3\n)\n";
         assert_eq!(required_version(go_mod, "k8s.io/kubernetes"), Some("v1.36.3"));
         assert_eq!(
-            required_version(
-                "require go.etcd.io/etcd/server/v3 v3.6.8\n",
-                "go.etcd.io/etcd/server/v3"
-            ),
+            required_version("require go.etcd.io/etcd/server/v3 v3.6.8\n", "go.etcd.io/etcd/server/v3"),
             Some("v3.6.8")
         );
         assert_eq!(required_version(go_mod, "k8s.io/api"), None);
@@ -274,10 +226,8 @@ mod tests {
 
     #[test]
     fn every_stamp_can_be_made_and_differs() {
-        let stamps: std::collections::BTreeSet<_> = BINARIES
-            .iter()
-            .map(|b| stamp_of(b).expect("modules are committed"))
-            .collect();
+        let stamps: std::collections::BTreeSet<_> =
+            BINARIES.iter().map(|b| stamp_of(b).expect("modules are committed")).collect();
         assert_eq!(stamps.len(), BINARIES.len());
     }
 }

@@ -24,7 +24,5 @@ pub fn run_tests_binary(name: &str, args: &[String]) -> Result<()> {
     build::run(&build::Args::default())?;
     let build = Cmd::new("cargo").args(["build", "--release", "--package", "shunt-tests", "--bin", name]);
     build.dir(workspace::root()).run()?;
-    privilege::as_root(&workspace::target().join("release").join(name), test::suite_vars())
-        .args(args)
-        .run()
+    privilege::as_root(&workspace::target().join("release").join(name), test::suite_vars()).args(args).run()
 }

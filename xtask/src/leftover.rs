@@ -12,9 +12,8 @@ const PREFIX: &str = "shunt-";
 /// The things now there that belong to no running test, each as a line for a reader.
 pub fn look() -> BTreeSet<String> {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let mut found: BTreeSet<_> = names(Path::new("/run/netns"))
-        .map(|name| format!("network namespace {name}"))
-        .collect();
+    let mut found: BTreeSet<_> =
+        names(Path::new("/run/netns")).map(|name| format!("network namespace {name}")).collect();
     for root in mount_points(&mounts, "cgroup2") {
         found.extend(names(Path::new(root)).map(|name| format!("control group {root}/{name}")));
     }
@@ -29,9 +28,7 @@ pub fn look() -> BTreeSet<String> {
 
 fn names(dir: &Path) -> impl Iterator<Item = String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .filter(|name| name.starts_with(PREFIX))
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).filter(|name| name.starts_with(PREFIX))
 }
 
 fn mount_points<'a>(mounts: &'a str, kind: &str) -> impl Iterator<Item = &'a str> {
@@ -73,20 +70,14 @@ mod tests {
     fn mounts_are_told_apart_by_type() {
         let mounts =
             "cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\nbpf /tmp/shunt-a-p7-0/x bpf rw 0 0\nt /t tmpfs rw 0 0\n";
-        assert_eq!(
-            mount_points(mounts, "cgroup2").collect::<Vec<_>>(),
-            ["/sys/fs/cgroup/unified"]
-        );
+        assert_eq!(mount_points(mounts, "cgroup2").collect::<Vec<_>>(), ["/sys/fs/cgroup/unified"]);
         assert_eq!(mount_points(mounts, "bpf").collect::<Vec<_>>(), ["/tmp/shunt-a-p7-0/x"]);
     }
 
     #[test]
     fn owner_is_read_from_the_harness_names_and_no_others() {
         assert_eq!(owner("network namespace shunt-routed.tcp-p123-0-node"), Some(123));
-        assert_eq!(
-            owner("process 5: /t/shunt-probe --bpffs /tmp/shunt-a-p77-1/bpf"),
-            Some(77)
-        );
+        assert_eq!(owner("process 5: /t/shunt-probe --bpffs /tmp/shunt-a-p77-1/bpf"), Some(77));
         assert_eq!(owner("network namespace shunt-mine"), None);
         assert_eq!(owner("directory /tmp/shunt-xtask-build-1"), None);
     }

@@ -31,11 +31,7 @@ impl Counts {
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} passed, {} failed, {} skipped",
-            self.passed, self.failed, self.skipped
-        )
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
     }
 }
 
@@ -87,13 +83,8 @@ impl Reader {
     pub fn finish(mut self, is_success: bool) -> Outcome {
         let mut counts = self.results.iter().copied().fold(Counts::default(), Counts::plus);
         if self.announced > 0 {
-            let open = self
-                .announced
-                .saturating_sub(self.seen.passed + self.seen.failed + self.seen.skipped);
-            counts = counts.plus(self.seen).plus(Counts {
-                failed: open,
-                ..Counts::default()
-            });
+            let open = self.announced.saturating_sub(self.seen.passed + self.seen.failed + self.seen.skipped);
+            counts = counts.plus(self.seen).plus(Counts { failed: open, ..Counts::default() });
             if open > 0 {
                 self.failed.push(format!("({open} that never ended)"));
             }
@@ -102,34 +93,21 @@ impl Reader {
             counts.failed = 1;
             self.failed.push("(the process itself)".to_owned());
         }
-        Outcome {
-            counts,
-            failed: self.failed,
-        }
+        Outcome { counts, failed: self.failed }
     }
 }
 
 /// `running 3 tests`
 fn parse_announcement(line: &str) -> Option<usize> {
     let rest = line.strip_prefix("running ")?;
-    rest.strip_suffix(" tests")
-        .or_else(|| rest.strip_suffix(" test"))?
-        .parse()
-        .ok()
+    rest.strip_suffix(" tests").or_else(|| rest.strip_suffix(" test"))?.parse().ok()
 }
 
 /// `test result: FAILED. 1 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.00s`
 fn parse_result(line: &str) -> Option<Counts> {
     let (_, rest) = line.strip_prefix("test result: ")?.split_once(". ")?;
-    let count = |word: &str| {
-        rest.split("; ")
-            .find_map(|part| part.strip_suffix(word)?.trim().parse().ok())
-    };
-    Some(Counts {
-        passed: count("passed")?,
-        failed: count("failed")?,
-        skipped: count("ignored")?,
-    })
+    let count = |word: &str| rest.split("; ").find_map(|part| part.strip_suffix(word)?.trim().parse().ok());
+    Some(Counts { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
 }
 
 /// The number of tests in what `--list --format terse` prints.
@@ -168,14 +146,7 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
     #[test]
     fn counts_come_from_the_result_line_and_names_from_the_tests() {
         let outcome = read(OUTPUT, false);
-        assert_eq!(
-            outcome.counts,
-            Counts {
-                passed: 2,
-                failed: 1,
-                skipped: 1
-            }
-        );
+        assert_eq!(outcome.counts, Counts { passed: 2, failed: 1, skipped: 1 });
         assert_eq!(outcome.failed, ["a::two"]);
     }
 
@@ -184,58 +155,32 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         let two = format!(
             "{OUTPUT}\nrunning 1 test\ntest x ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored; 0 measured"
         );
-        assert_eq!(
-            read(&two, false).counts,
-            Counts {
-                passed: 3,
-                failed: 1,
-                skipped: 1
-            }
-        );
+        assert_eq!(read(&two, false).counts, Counts { passed: 3, failed: 1, skipped: 1 });
     }
 
     #[test]
     fn a_crash_fails_every_test_that_did_not_end() {
         let outcome = read("running 3 tests\ntest one ... ok\n", false);
-        assert_eq!(
-            outcome.counts,
-            Counts {
-                passed: 1,
-                failed: 2,
-                skipped: 0
-            }
-        );
+        assert_eq!(outcome.counts, Counts { passed: 1, failed: 2, skipped: 0 });
         assert_eq!(outcome.failed, ["(2 that never ended)"]);
     }
 
     #[test]
     fn a_process_that_fails_without_a_failed_test_is_a_failure() {
         assert_eq!(read("", false).counts.failed, 1);
-        assert_eq!(
-            read("test result: ok. 1 passed; 0 failed; 0 ignored;", false)
-                .counts
-                .failed,
-            1
-        );
+        assert_eq!(read("test result: ok. 1 passed; 0 failed; 0 ignored;", false).counts.failed, 1);
         assert_eq!(read("", true).counts, Counts::default());
     }
 
     #[test]
     fn last_line_has_its_fixed_shape() {
-        let counts = Counts {
-            passed: 12,
-            failed: 0,
-            skipped: 3,
-        };
+        let counts = Counts { passed: 12, failed: 0, skipped: 3 };
         assert_eq!(counts.to_string(), "12 passed, 0 failed, 3 skipped");
         assert!(counts.is_success() && !Counts::default().is_success());
     }
 
     #[test]
     fn listed_tests_are_counted() {
-        assert_eq!(
-            count_listed("a::b: test\nc: test\nd: benchmark\n\n2 tests, 1 benchmark\n"),
-            2
-        );
+        assert_eq!(count_listed("a::b: test\nc: test\nd: benchmark\n\n2 tests, 1 benchmark\n"), 2);
     }
 }

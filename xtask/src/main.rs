@@ -2,7 +2,7 @@
 //!
 //! One file per command. Each makes sure of what it needs (`need`, `toolchain`, `privilege`), shows every command it runs
 //! (`run`), and names the one that failed. What is decided here is decided in pure functions; the product's code is not
-//! used, so that everything here builds before it does.
+//! used, so that everything here builds before it does; the one program that does use it, `verify_load`, is built apart.
 
 mod bench;
 mod bless;
@@ -49,9 +49,6 @@ enum Command {
     Lint,
     /// Load every program and print its instruction counts; refuse panics and byte-wise copies.
     Verify,
-    /// The part of verify that wants root.
-    #[command(hide = true)]
-    VerifyLoad,
     /// Rewrite the expectations of the scenario tests with what they now give; the diff is the review.
     Bless(bless::Args),
     /// Measure, as ratios in one run.
@@ -81,7 +78,6 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),
         Command::Verify => verify::run(),
-        Command::VerifyLoad => verify::load(),
         Command::Bless(args) => bless::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Ci => ci::run(),

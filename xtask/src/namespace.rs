@@ -67,9 +67,7 @@ fn is_from_a_process(code: i32) -> bool {
 }
 
 fn forward(child: &Child, signal: u32) {
-    let signal = i32::try_from(signal)
-        .ok()
-        .and_then(|number| Signal::try_from(number).ok());
+    let signal = i32::try_from(signal).ok().and_then(|number| Signal::try_from(number).ok());
     let pid = i32::try_from(child.id()).expect("process ids fit into an i32");
     // The child may end in between: then there is nobody to tell.
     let _ = kill(Pid::from_raw(pid), signal);

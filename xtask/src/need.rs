@@ -120,20 +120,12 @@ pub fn take(steps: Vec<Step>) -> Result<()> {
 fn command(words: &[String]) -> Cmd {
     let (program, args) = words.split_first().expect("a step names its program");
     let cmd = Cmd::new(program).args(args);
-    if program == "apt-get" {
-        cmd.env("DEBIAN_FRONTEND", "noninteractive")
-    } else {
-        cmd
-    }
+    if program == "apt-get" { cmd.env("DEBIAN_FRONTEND", "noninteractive") } else { cmd }
 }
 
 /// The steps that install what is missing: packages in one go, after a fresh package list.
 pub fn plan(missing: &[Need], host: Host) -> Vec<Step> {
-    let mut packages: Vec<_> = missing
-        .iter()
-        .filter_map(Need::packages)
-        .flat_map(str::split_whitespace)
-        .collect();
+    let mut packages: Vec<_> = missing.iter().filter_map(Need::packages).flat_map(str::split_whitespace).collect();
     packages.sort_unstable();
     packages.dedup();
     let components: Vec<_> = missing.iter().filter_map(Need::component).collect();
@@ -143,11 +135,7 @@ pub fn plan(missing: &[Need], host: Host) -> Vec<Step> {
         steps.extend(install_packages(&packages, host));
     }
     if !components.is_empty() {
-        let words: Vec<_> = ["rustup", "component", "add"]
-            .iter()
-            .chain(&components)
-            .map(|w| w.to_string())
-            .collect();
+        let words: Vec<_> = ["rustup", "component", "add"].iter().chain(&components).map(|w| w.to_string()).collect();
         let ask = || Step::Ask(format!("install from your distribution: {}", components.join(" ")));
         steps.push(if host.has_rustup { Step::Run(words) } else { ask() });
     }
@@ -157,18 +145,14 @@ pub fn plan(missing: &[Need], host: Host) -> Vec<Step> {
 fn install_packages(packages: &[&str], host: Host) -> Vec<Step> {
     let list = packages.join(" ");
     if !host.has_apt {
-        return vec![Step::Ask(format!(
-            "install with your package manager what Debian calls: {list}"
-        ))];
+        return vec![Step::Ask(format!("install with your package manager what Debian calls: {list}"))];
     }
     if !host.is_root {
         let install = format!("sudo apt-get update && sudo apt-get install -y --no-install-recommends {list}");
         return vec![Step::Ask(install)];
     }
     let update = vec!["apt-get".into(), "update".into()];
-    let mut install: Vec<String> = ["apt-get", "install", "-y", "--no-install-recommends"]
-        .map(Into::into)
-        .into();
+    let mut install: Vec<String> = ["apt-get", "install", "-y", "--no-install-recommends"].map(Into::into).into();
     install.extend(packages.iter().map(|p| p.to_string()));
     vec![Step::Run(update), Step::Run(install)]
 }
@@ -182,11 +166,7 @@ pub fn apt_offers(package: &str) -> bool {
 mod tests {
     use super::*;
 
-    const ROOT: Host = Host {
-        is_root: true,
-        has_apt: true,
-        has_rustup: true,
-    };
+    const ROOT: Host = Host { is_root: true, has_apt: true, has_rustup: true };
     const USER: Host = Host { is_root: false, ..ROOT };
 
     fn words(text: &str) -> Step {
@@ -195,11 +175,8 @@ mod tests {
 
     #[test]
     fn root_installs_each_package_once_after_an_update() {
-        let missing = [
-            Need::Program("nft", "nftables"),
-            Need::Program("ip", "iproute2"),
-            Need::Program("tc", "iproute2"),
-        ];
+        let missing =
+            [Need::Program("nft", "nftables"), Need::Program("ip", "iproute2"), Need::Program("tc", "iproute2")];
         let install = "apt-get install -y --no-install-recommends iproute2 nftables";
         assert_eq!(plan(&missing, ROOT), [words("apt-get update"), words(install)]);
     }
@@ -213,19 +190,10 @@ mod tests {
 
     #[test]
     fn components_come_from_rustup_without_root() {
-        let missing = [
-            Need::Component("cargo-clippy", "clippy"),
-            Need::Component("cargo-fmt", "rustfmt"),
-        ];
+        let missing = [Need::Component("cargo-clippy", "clippy"), Need::Component("cargo-fmt", "rustfmt")];
         assert_eq!(plan(&missing, USER), [words("rustup component add clippy rustfmt")]);
-        let bare = Host {
-            has_rustup: false,
-            ..USER
-        };
-        assert_eq!(
-            plan(&missing, bare),
-            [Step::Ask("install from your distribution: clippy rustfmt".into())]
-        );
+        let bare = Host { has_rustup: false, ..USER };
+        assert_eq!(plan(&missing, bare), [Step::Ask("install from your distribution: clippy rustfmt".into())]);
     }
 
     #[test]

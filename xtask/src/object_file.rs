@@ -28,9 +28,7 @@ pub fn complaints(bytes: &[u8]) -> Result<BTreeSet<String>> {
 
 /// A program that can reach a panic does not load: its last instruction is neither exit nor jump.
 fn panics(file: &object::File<'_>) -> BTreeSet<String> {
-    let names = file
-        .symbols()
-        .filter_map(|symbol| symbol.name().ok().map(str::to_owned));
+    let names = file.symbols().filter_map(|symbol| symbol.name().ok().map(str::to_owned));
     let panicking = names.filter(|name| name.contains("panicking"));
     panicking.map(|name| format!("panic path: {name}")).collect()
 }
@@ -45,10 +43,7 @@ fn byte_loop_calls(file: &object::File<'_>) -> Result<BTreeSet<String>> {
             let caller = function_at(file, section.index(), at).unwrap_or_else(|| "?".into());
             // memcmp calling bcmp and the like is not our program's doing.
             if BYTE_LOOPS.contains(&callee.as_str()) && !BYTE_LOOPS.contains(&caller.as_str()) {
-                found.insert(format!(
-                    "byte-wise copy: {caller} (section {}) calls {callee}",
-                    section.name()?
-                ));
+                found.insert(format!("byte-wise copy: {caller} (section {}) calls {callee}", section.name()?));
             }
         }
     }
@@ -57,13 +52,11 @@ fn byte_loop_calls(file: &object::File<'_>) -> Result<BTreeSet<String>> {
 
 /// Offset and relative target of every call of a function of the object, in a section's bytes.
 fn calls(code: &[u8]) -> impl Iterator<Item = (u64, i32)> {
-    code.chunks_exact(INSTRUCTION_LEN)
-        .enumerate()
-        .filter_map(|(index, instruction)| {
-            let is_call = instruction[0] == CALL && instruction[1] >> 4 == TO_FUNCTION;
-            let relative = i32::from_le_bytes([instruction[4], instruction[5], instruction[6], instruction[7]]);
-            is_call.then_some(((index * INSTRUCTION_LEN) as u64, relative))
-        })
+    code.chunks_exact(INSTRUCTION_LEN).enumerate().filter_map(|(index, instruction)| {
+        let is_call = instruction[0] == CALL && instruction[1] >> 4 == TO_FUNCTION;
+        let relative = i32::from_le_bytes([instruction[4], instruction[5], instruction[6], instruction[7]]);
+        is_call.then_some(((index * INSTRUCTION_LEN) as u64, relative))
+    })
 }
 
 /// The name of the function that the call at offset `at` goes to.

@@ -22,13 +22,7 @@ impl Cmd {
     /// A command that inherits our environment and output.
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         let words = vec![quote(program.as_ref())];
-        Self {
-            command: Command::new(program),
-            words,
-            vars: Vec::new(),
-            dir: None,
-            hint: String::new(),
-        }
+        Self { command: Command::new(program), words, vars: Vec::new(), dir: None, hint: String::new() }
     }
 
     /// Adds one argument.
@@ -90,11 +84,7 @@ impl Cmd {
     /// The line a reader could type.
     pub fn shown(&self) -> String {
         let enter = self.dir.iter().map(|dir| format!("cd {dir} &&"));
-        enter
-            .chain(self.vars.iter().cloned())
-            .chain(self.words.iter().cloned())
-            .collect::<Vec<_>>()
-            .join(" ")
+        enter.chain(self.vars.iter().cloned()).chain(self.words.iter().cloned()).collect::<Vec<_>>().join(" ")
     }
 
     /// Runs the command to its end, without input.
@@ -129,18 +119,11 @@ impl Cmd {
 
     /// Whether a command that only looks succeeds; its output is dropped.
     pub fn succeeds(mut self) -> bool {
-        self.command
-            .stdin(Stdio::null())
-            .output()
-            .is_ok_and(|output| output.status.success())
+        self.command.stdin(Stdio::null()).output().is_ok_and(|output| output.status.success())
     }
 
     fn failure(&self, what: &str) -> String {
-        let hint = if self.hint.is_empty() {
-            String::new()
-        } else {
-            format!("\n  {}", self.hint)
-        };
+        let hint = if self.hint.is_empty() { String::new() } else { format!("\n  {}", self.hint) };
         format!("`{}`: {what}{hint}", self.shown())
     }
 }
@@ -179,9 +162,8 @@ fn quote(word: &OsStr) -> String {
 
 /// The program's path, looked for in PATH and in the directories of administrators, which an ordinary user's PATH lacks.
 pub fn find_program(name: &str) -> Option<std::path::PathBuf> {
-    let mut dirs: Vec<_> = std::env::var_os("PATH")
-        .map(|path| std::env::split_paths(&path).collect())
-        .unwrap_or_default();
+    let mut dirs: Vec<_> =
+        std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
     dirs.extend(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(Into::into));
     dirs.push(crate::workspace::cargo_home().join("bin"));
     dirs.into_iter().map(|dir| dir.join(name)).find(|path| path.is_file())
@@ -189,14 +171,9 @@ pub fn find_program(name: &str) -> Option<std::path::PathBuf> {
 
 /// PATH with cargo's own programs and those of administrators at its end, for the programs we start.
 pub fn search_path() -> OsString {
-    let mut dirs: Vec<_> = std::env::var_os("PATH")
-        .map(|path| std::env::split_paths(&path).collect())
-        .unwrap_or_default();
-    for dir in [
-        crate::workspace::cargo_home().join("bin"),
-        "/usr/sbin".into(),
-        "/sbin".into(),
-    ] {
+    let mut dirs: Vec<_> =
+        std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
+    for dir in [crate::workspace::cargo_home().join("bin"), "/usr/sbin".into(), "/sbin".into()] {
         if !dirs.contains(&dir) {
             dirs.push(dir);
         }
@@ -210,23 +187,14 @@ mod tests {
 
     #[test]
     fn shown_line_can_be_typed_into_a_shell() {
-        let cmd = Cmd::new("echo")
-            .args(["a b", "", "it's", "--x=1"])
-            .env("A", "x y")
-            .dir("/tmp/d");
+        let cmd = Cmd::new("echo").args(["a b", "", "it's", "--x=1"]).env("A", "x y").dir("/tmp/d");
         assert_eq!(cmd.shown(), r"cd /tmp/d && A='x y' echo 'a b' '' 'it'\''s' --x=1");
     }
 
     #[test]
     fn failure_names_the_command_and_the_hint() {
-        let error = Cmd::new("false")
-            .hint("type something else")
-            .run()
-            .expect_err("false fails");
+        let error = Cmd::new("false").hint("type something else").run().expect_err("false fails");
         let text = format!("{error:#}");
-        assert!(
-            text.contains("`false`") && text.contains("type something else"),
-            "{text}"
-        );
+        assert!(text.contains("`false`") && text.contains("type something else"), "{text}");
     }
 }

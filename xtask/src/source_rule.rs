@@ -23,19 +23,13 @@ const SOURCES: [&str; 5] = ["proxy-common", "proxy-ebpf", "proxy-userspace", "te
 pub fn breaches(root: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for file in rust_files(root)? {
-        let name = file
-            .strip_prefix(root)
-            .expect("found below the root")
-            .display()
-            .to_string();
+        let name = file.strip_prefix(root).expect("found below the root").display().to_string();
         let text = fs::read_to_string(&file).with_context(|| format!("cannot read {name}"))?;
         if !UNSAFE_HOMES.iter().any(|home| name.starts_with(home)) {
             found.extend(unsafe_lines(&text).map(|line| format!("{name}:{line}: unsafe code outside its homes")));
         }
         if !text.starts_with("//!") {
-            found.push(format!(
-                "{name}:1: does not open with `//!`: what it holds, what it may not touch"
-            ));
+            found.push(format!("{name}:1: does not open with `//!`: what it holds, what it may not touch"));
         }
     }
     let readme = fs::read_to_string(root.join("README.md")).context("cannot read README.md")?;
@@ -71,18 +65,12 @@ fn unsafe_lines(text: &str) -> impl Iterator<Item = usize> {
             .any(|next| line.contains(&["unsafe ", next].concat()))
             || line.contains(&["#[unsafe", "("].concat())
     };
-    text.lines()
-        .enumerate()
-        .filter(move |(_, line)| is_unsafe(line))
-        .map(|(index, _)| index + 1)
+    text.lines().enumerate().filter(move |(_, line)| is_unsafe(line)).map(|(index, _)| index + 1)
 }
 
 /// The links of a Markdown text to files beside it.
 fn links(text: &str) -> impl Iterator<Item = &str> {
-    let targets = text
-        .split("](")
-        .skip(1)
-        .filter_map(|rest| rest.split_once(')').map(|(target, _)| target));
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(target, _)| target));
     targets.filter(|target| !target.contains("://") && !target.starts_with('#'))
 }
 

@@ -67,11 +67,7 @@ pub fn run(args: &Args) -> Result<()> {
         report.add_failure("the run itself");
     }
     report.print();
-    if report.counts.is_success() {
-        Ok(())
-    } else {
-        Err(Reported.into())
-    }
+    if report.counts.is_success() { Ok(()) } else { Err(Reported.into()) }
 }
 
 fn run_selected(args: &Args, report: &mut Report) -> Result<()> {
@@ -86,10 +82,7 @@ fn run_selected(args: &Args, report: &mut Report) -> Result<()> {
     let (suites, units): (Vec<_>, Vec<_>) = binaries.into_iter().partition(|binary| binary.is_privileged);
     let suites = if args.unit { Vec::new() } else { suites };
 
-    let runner = Runner {
-        args: libtest_args,
-        env: args.env.clone(),
-    };
+    let runner = Runner { args: libtest_args, env: args.env.clone() };
     for binary in &units {
         report.add(&binary.label(), runner.run(binary, Vec::new())?);
     }
@@ -147,10 +140,7 @@ fn suite_env(suite: &TestBinary) -> Result<Result<Vec<(&'static str, String)>, S
 /// The variables that tell the harness what was built.
 pub fn suite_vars() -> Vec<(&'static str, String)> {
     let shunt = ("SHUNT_BIN", workspace::shunt().display().to_string());
-    vec![
-        shunt,
-        ("SHUNT_BPF_OBJECT", workspace::bpf_object().display().to_string()),
-    ]
+    vec![shunt, ("SHUNT_BPF_OBJECT", workspace::bpf_object().display().to_string())]
 }
 
 /// Runs test binaries with the same arguments.
@@ -162,35 +152,21 @@ struct Runner {
 impl Runner {
     /// The number of tests that the arguments leave in the binary.
     fn list(&self, binary: &TestBinary) -> Result<usize> {
-        let list = Cmd::new(&binary.path)
-            .args(&self.args)
-            .args(["--list", "--format", "terse"]);
+        let list = Cmd::new(&binary.path).args(&self.args).args(["--list", "--format", "terse"]);
         Ok(libtest::count_listed(&list.read()?))
     }
 
     /// Runs a binary in its package's directory, as cargo would; a suite as root.
     fn run(&self, binary: &TestBinary, env: Vec<(&'static str, String)>) -> Result<Outcome> {
         let env = env.into_iter().chain(self.env.iter().cloned());
-        let cmd = if binary.is_privileged {
-            privilege::as_root(&binary.path, env)
-        } else {
-            plain(binary, env)
-        };
-        let dir = if binary.package == "shunt-tests" {
-            "tests"
-        } else {
-            &binary.package
-        };
+        let cmd = if binary.is_privileged { privilege::as_root(&binary.path, env) } else { plain(binary, env) };
+        let dir = if binary.package == "shunt-tests" { "tests" } else { &binary.package };
         stream(cmd.args(&self.args).dir(workspace::root().join(dir)))
     }
 
     /// Has rustdoc compile and run the examples of a package's documentation.
     fn run_documentation(&self, package: &str) -> Result<Outcome> {
-        stream(
-            Cmd::new("cargo")
-                .args(["test", "--quiet", "--doc", "--package", package])
-                .dir(workspace::root()),
-        )
+        stream(Cmd::new("cargo").args(["test", "--quiet", "--doc", "--package", package]).dir(workspace::root()))
     }
 }
 
@@ -223,8 +199,7 @@ struct Report {
 impl Report {
     fn add(&mut self, label: &str, outcome: Outcome) {
         self.counts = self.counts.plus(outcome.counts);
-        self.failed
-            .extend(outcome.failed.into_iter().map(|name| format!("{label}: {name}")));
+        self.failed.extend(outcome.failed.into_iter().map(|name| format!("{label}: {name}")));
     }
 
     fn add_failure(&mut self, what: &str) {

@@ -28,7 +28,7 @@ const LINKER_NEWEST_LLVM: u32 = 23;
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 const DEBIAN_CARGO: &str = "/usr/bin/cargo";
 const DEBIAN_CLIPPY: &str = "/usr/bin/cargo-clippy";
-const DEBIAN_PACKAGES: [&str; 3] = ["rustc-web", "libstd-rust-web-dev-bpf", "rust-web-src"];
+const DEBIAN_PACKAGES: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "rust-web-src"];
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -82,20 +82,11 @@ impl Toolchain {
     }
 
     fn with_flags(&self, cmd: Cmd) -> Cmd {
-        let cmd = cmd
-            .args(["--release", "--target", TARGET, "--target-dir"])
-            .arg(workspace::bpf_target());
-        let scrubbed = env::vars_os()
-            .map(|(name, _)| name)
-            .filter(|name| is_scrubbed(&name.to_string_lossy()));
-        let cmd = scrubbed
-            .fold(cmd, Cmd::env_remove)
-            .dir(workspace::bpf_crate())
-            .env_quietly("PATH", run::search_path());
-        let cmd = cmd.env_quietly(
-            "LD_LIBRARY_PATH",
-            library_path(&env::var("LD_LIBRARY_PATH").unwrap_or_default()),
-        );
+        let cmd = cmd.args(["--release", "--target", TARGET, "--target-dir"]).arg(workspace::bpf_target());
+        let scrubbed = env::vars_os().map(|(name, _)| name).filter(|name| is_scrubbed(&name.to_string_lossy()));
+        let cmd =
+            scrubbed.fold(cmd, Cmd::env_remove).dir(workspace::bpf_crate()).env_quietly("PATH", run::search_path());
+        let cmd = cmd.env_quietly("LD_LIBRARY_PATH", library_path(&env::var("LD_LIBRARY_PATH").unwrap_or_default()));
         let cmd = cmd.env("RUSTFLAGS", rustflags(&self.linker, env::consts::ARCH).join(" "));
         match self.kind {
             Kind::Nightly => cmd,
@@ -117,9 +108,7 @@ impl Toolchain {
     fn has_clippy(&self) -> Result<bool> {
         let host = Host::look();
         match self.kind {
-            Kind::Nightly => Ok(Cmd::new("rustup")
-                .args(["run", "nightly", "cargo", "clippy", "--version"])
-                .succeeds()),
+            Kind::Nightly => Ok(Cmd::new("rustup").args(["run", "nightly", "cargo", "clippy", "--version"]).succeeds()),
             Kind::Debian if host.is_root && host.has_apt => {
                 need::ensure(&[Need::File(DEBIAN_CLIPPY.into(), "rust-web-clippy".into())]).map(|()| true)
             }
@@ -146,15 +135,9 @@ fn rustflags(linker: &Path, arch: &str) -> Vec<String> {
 /// Whether the outer cargo's or rustup's variable must not reach the inner build; what configures network and output stays.
 fn is_scrubbed(name: &str) -> bool {
     let kept = ["CARGO_HOME", "RUST_BACKTRACE"].contains(&name)
-        || [
-            "CARGO_HTTP_",
-            "CARGO_NET_",
-            "CARGO_REGISTR",
-            "CARGO_SOURCE_",
-            "CARGO_TERM_",
-        ]
-        .iter()
-        .any(|p| name.starts_with(p))
+        || ["CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTR", "CARGO_SOURCE_", "CARGO_TERM_"]
+            .iter()
+            .any(|p| name.starts_with(p))
         || (name.starts_with("RUSTUP_") && name != "RUSTUP_TOOLCHAIN");
     (name.starts_with("CARGO") || name.starts_with("RUST")) && !kept
 }
@@ -162,10 +145,7 @@ fn is_scrubbed(name: &str) -> bool {
 /// The library path without what the outer cargo put there: its compiler's LLVM must not be taken for the linker's.
 fn library_path(path: &str) -> String {
     let is_cargos = |dir: &&str| dir.contains("/toolchains/") || dir.contains("/target/");
-    path.split(':')
-        .filter(|dir| !is_cargos(dir))
-        .collect::<Vec<_>>()
-        .join(":")
+    path.split(':').filter(|dir| !is_cargos(dir)).collect::<Vec<_>>().join(":")
 }
 
 /// The kind that serves the choice, or `None` if what it asks for is not there.
@@ -190,25 +170,15 @@ pub fn ensure(choice: Choice) -> Result<Toolchain> {
             choose(choice, look()).context("the compiler for eBPF is still not usable after its installation")?
         }
     };
-    Ok(Toolchain {
-        kind,
-        linker: ensure_linker(llvm)?,
-    })
+    Ok(Toolchain { kind, linker: ensure_linker(llvm)? })
 }
 
 fn look() -> Found {
-    Found {
-        nightly: find_nightly(),
-        debian: find_debian(),
-    }
+    Found { nightly: find_nightly(), debian: find_debian() }
 }
 
 fn find_nightly() -> Option<u32> {
-    let rustc = || {
-        Cmd::new("rustup")
-            .args(["run", "nightly", "rustc"])
-            .env("RUSTUP_AUTO_INSTALL", "0")
-    };
+    let rustc = || Cmd::new("rustup").args(["run", "nightly", "rustc"]).env("RUSTUP_AUTO_INSTALL", "0");
     let sysroot = rustc().args(["--print", "sysroot"]).read().ok()?;
     let core = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs");
     if !core.exists() {
@@ -219,10 +189,7 @@ fn find_nightly() -> Option<u32> {
 
 fn find_debian() -> Option<u32> {
     let rustc = || Cmd::new(DEBIAN_RUSTC);
-    let libs = rustc()
-        .args(["--print", "target-libdir", "--target", TARGET])
-        .read()
-        .ok()?;
+    let libs = rustc().args(["--print", "target-libdir", "--target", TARGET]).read().ok()?;
     let is_core = |entry: fs::DirEntry| entry.file_name().to_string_lossy().starts_with("libcore-");
     let has_core = fs::read_dir(libs.trim()).ok()?.flatten().any(is_core);
     if !has_core || !Path::new(DEBIAN_CARGO).exists() {
@@ -244,7 +211,7 @@ fn install_compiler(choice: Choice) -> Result<()> {
         // The names are looked up in the package list, which a fresh machine does not have yet.
         Cmd::new("apt-get").arg("update").run()?;
     }
-    need::take(compiler_steps(choice, host, need::apt_offers(DEBIAN_PACKAGES[1])))
+    need::take(compiler_steps(choice, host, need::apt_offers(DEBIAN_PACKAGES[2])))
 }
 
 /// The steps that bring a compiler: Debian's packages where they can be had unasked, else rustup's nightly.
@@ -282,10 +249,7 @@ fn ensure_linker(llvm: u32) -> Result<PathBuf> {
     need::take(linker_steps(llvm, env::consts::ARCH, host, ways))?;
     match run::find_program("bpf-linker") {
         Some(linker) => Ok(linker),
-        None => bail!(
-            "bpf-linker was installed, but neither PATH nor {} has it",
-            workspace::cargo_home().display()
-        ),
+        None => bail!("bpf-linker was installed, but neither PATH nor {} has it", workspace::cargo_home().display()),
     }
 }
 
@@ -310,26 +274,19 @@ fn linker_steps(llvm: u32, arch: &str, host: Host, ways: LinkerWays) -> Vec<Step
         return vec![run(format!("cargo binstall --no-confirm bpf-linker@{LINKER_VERSION}"))];
     }
     if can_build && ways.apt_offers_llvm && host.is_root {
-        return vec![
-            run(format!("apt-get install -y --no-install-recommends {packages}")),
-            run(build),
-        ];
+        return vec![run(format!("apt-get install -y --no-install-recommends {packages}")), run(build)];
     }
     if can_build && ways.has_llvm {
         return vec![run(build)];
     }
     if can_build && ways.apt_offers_llvm {
-        return vec![Step::Ask(format!(
-            "sudo apt-get install -y --no-install-recommends {packages} && {build}"
-        ))];
+        return vec![Step::Ask(format!("sudo apt-get install -y --no-install-recommends {packages} && {build}"))];
     }
     // Built by the project for every Linux, with an LLVM inside.
     let url = "https://github.com/aya-rs/bpf-linker/releases/latest/download";
     let file = format!("bpf-linker-{arch}-unknown-linux-musl.tar.zst");
     let unpack = "tar -x --zstd -C ~/.cargo/bin";
-    vec![Step::Ask(format!(
-        "curl -fL {url}/{file} | {unpack}   # or: cargo binstall bpf-linker"
-    ))]
+    vec![Step::Ask(format!("curl -fL {url}/{file} | {unpack}   # or: cargo binstall bpf-linker"))]
 }
 
 /// What to do when the build of the eBPF crate fails for a reason that is not in its source.
@@ -344,17 +301,9 @@ pub fn hint() -> String {
 mod tests {
     use super::*;
 
-    const ROOT: Host = Host {
-        is_root: true,
-        has_apt: true,
-        has_rustup: true,
-    };
+    const ROOT: Host = Host { is_root: true, has_apt: true, has_rustup: true };
     const USER: Host = Host { is_root: false, ..ROOT };
-    const NO_WAY: LinkerWays = LinkerWays {
-        has_binstall: false,
-        apt_offers_llvm: false,
-        has_llvm: false,
-    };
+    const NO_WAY: LinkerWays = LinkerWays { has_binstall: false, apt_offers_llvm: false, has_llvm: false };
 
     fn line(steps: &[Step]) -> String {
         let words = |step: &Step| match step {
@@ -366,10 +315,7 @@ mod tests {
 
     #[test]
     fn nightly_with_sources_is_preferred_but_not_to_a_plain_wish() {
-        let both = Found {
-            nightly: Some(23),
-            debian: Some(22),
-        };
+        let both = Found { nightly: Some(23), debian: Some(22) };
         assert_eq!(choose(Choice::Auto, both), Some((Kind::Nightly, 23)));
         assert_eq!(choose(Choice::Debian, both), Some((Kind::Debian, 22)));
         let debian = Found { nightly: None, ..both };
@@ -379,22 +325,9 @@ mod tests {
 
     #[test]
     fn variables_of_the_outer_cargo_are_removed_and_the_users_are_kept() {
-        let gone = [
-            "CARGO",
-            "CARGO_MANIFEST_DIR",
-            "CARGO_ENCODED_RUSTFLAGS",
-            "RUSTC",
-            "RUSTFLAGS",
-            "RUSTUP_TOOLCHAIN",
-        ];
-        let kept = [
-            "CARGO_HOME",
-            "CARGO_HTTP_CAINFO",
-            "CARGO_REGISTRIES_X_INDEX",
-            "RUSTUP_HOME",
-            "PATH",
-            "HTTPS_PROXY",
-        ];
+        let gone = ["CARGO", "CARGO_MANIFEST_DIR", "CARGO_ENCODED_RUSTFLAGS", "RUSTC", "RUSTFLAGS", "RUSTUP_TOOLCHAIN"];
+        let kept =
+            ["CARGO_HOME", "CARGO_HTTP_CAINFO", "CARGO_REGISTRIES_X_INDEX", "RUSTUP_HOME", "PATH", "HTTPS_PROXY"];
         assert_eq!(
             gone.iter().filter(|name| !is_scrubbed(name)).collect::<Vec<_>>(),
             [""; 0].iter().collect::<Vec<_>>()
@@ -420,10 +353,7 @@ mod tests {
 
     #[test]
     fn llvm_version_is_read_from_rustc() {
-        assert_eq!(
-            llvm_major("rustc 1.97.0-nightly\nrelease: 1.97.0\nLLVM version: 22.1.4\n"),
-            Some(22)
-        );
+        assert_eq!(llvm_major("rustc 1.97.0-nightly\nrelease: 1.97.0\nLLVM version: 22.1.4\n"), Some(22));
         assert_eq!(llvm_major("rustc 1.0"), None);
     }
 
@@ -435,36 +365,17 @@ mod tests {
         assert!(steps(Choice::Auto, USER, true).starts_with("run rustup toolchain install nightly"));
         assert!(steps(Choice::Debian, USER, true).starts_with("ask sudo apt-get install"));
         assert!(steps(Choice::Nightly, ROOT, true).starts_with("run rustup toolchain install nightly"));
-        assert!(
-            steps(
-                Choice::Nightly,
-                Host {
-                    has_rustup: false,
-                    ..ROOT
-                },
-                true
-            )
-            .starts_with("ask install rustup")
-        );
+        assert!(steps(Choice::Nightly, Host { has_rustup: false, ..ROOT }, true).starts_with("ask install rustup"));
     }
 
     #[test]
     fn linker_is_built_against_the_compilers_llvm_or_fetched() {
-        let offered = LinkerWays {
-            apt_offers_llvm: true,
-            ..NO_WAY
-        };
+        let offered = LinkerWays { apt_offers_llvm: true, ..NO_WAY };
         let root = line(&linker_steps(22, "x86_64", ROOT, offered));
-        assert!(
-            root.starts_with("run apt-get install -y --no-install-recommends llvm-22-dev "),
-            "{root}"
-        );
+        assert!(root.starts_with("run apt-get install -y --no-install-recommends llvm-22-dev "), "{root}");
         assert!(root.ends_with("--features llvm-22"), "{root}");
         assert!(line(&linker_steps(22, "x86_64", USER, offered)).starts_with("ask sudo apt-get install"));
-        let there = LinkerWays {
-            has_llvm: true,
-            ..NO_WAY
-        };
+        let there = LinkerWays { has_llvm: true, ..NO_WAY };
         assert!(line(&linker_steps(22, "x86_64", USER, there)).starts_with("run env LLVM_PREFIX=/usr/lib/llvm-22 "));
         assert!(line(&linker_steps(24, "aarch64", ROOT, there)).contains("bpf-linker-aarch64-unknown-linux-musl"));
     }

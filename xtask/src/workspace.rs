@@ -9,10 +9,7 @@ use std::{
 pub fn root() -> PathBuf {
     // Cargo sets the variable when it runs us; the binary alone falls back to where it was built.
     let manifest = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&manifest)
-        .parent()
-        .expect("the xtask directory lies inside the repository")
-        .to_path_buf()
+    Path::new(&manifest).parent().expect("the xtask directory lies inside the repository").to_path_buf()
 }
 
 /// Cargo's target directory.

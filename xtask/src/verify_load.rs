@@ -1,0 +1,159 @@
+//! `verify-load OBJECT`: brings every program of a BPF object into the kernel by the agent's own loader and prints what
+//! each costs. What it pins lies on a file system that only this process sees, and goes with it; nothing is attached.
+
+use std::{collections::BTreeMap, env, fs, os::fd::AsRawFd as _, path::Path};
+
+use anyhow::{Context as _, Result, bail};
+use aya::programs::{ProgramInfo, loaded_programs};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use object::{Object as _, ObjectSymbol as _, SymbolKind};
+use proxy_userspace::datapath::{
+    kernel::{self, Programs, Sizes},
+    pins::Pins,
+};
+
+/// The kernel's own limit (BPF_COMPLEXITY_LIMIT_INSNS).
+const KERNEL_LIMIT: u32 = 1_000_000;
+/// Our limits on the instructions that the kernel goes through to check a program, by the beginning of its name; the first
+/// that fits counts. They lie well above what was measured, and are there so that growth is seen and decided upon.
+const LIMITS: [(&str, u32); 1] = [("", 200_000)];
+/// Capacities are no part of what is checked: small ones load fast.
+const SIZES: Sizes = Sizes { services: 1024, backends: 1024, flows: 1024 };
+
+/// What the kernel says of one program.
+struct Row {
+    name: String,
+    kind: String,
+    /// Instructions after the kernel's rewriting.
+    instructions: u32,
+    verified: u32,
+    jited_bytes: u32,
+    limit: u32,
+}
+
+fn main() -> Result<()> {
+    let object = env::args_os().nth(1).context("usage: verify-load OBJECT")?;
+    let bytes = fs::read(&object).with_context(|| format!("cannot read {}", object.display()))?;
+    let pins = private_pins()?;
+    let loaded = kernel::load(&bytes, &pins, &SIZES)?;
+    for kfunc in &loaded.missing_kfuncs {
+        println!("this kernel has no {}: the programs are checked without it", kfunc.name);
+    }
+    let rows = rows(&bytes, &loaded.programs)?;
+    print!("{}", table(&rows));
+    let above: Vec<_> = rows.iter().filter(|row| row.verified > row.limit).map(|row| row.name.as_str()).collect();
+    if !above.is_empty() {
+        bail!("above the limit kept in xtask/src/verify_load.rs: {}", above.join(", "));
+    }
+    Ok(())
+}
+
+/// A pin directory on a BPF file system of a mount namespace that ends with this process.
+fn private_pins() -> Result<Pins> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace: root is needed")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("cannot make mounts private")?;
+    mount(Some("tmpfs"), "/mnt", Some("tmpfs"), MsFlags::empty(), none).context("cannot mount at /mnt")?;
+    let pins = Pins::new("/mnt/shunt");
+    pins.prepare()?;
+    Ok(pins)
+}
+
+fn rows(object: &[u8], programs: &Programs) -> Result<Vec<Row>> {
+    let mut infos = BTreeMap::new();
+    for info in loaded_programs() {
+        let info = info.context("the kernel's programs cannot be listed")?;
+        infos.insert(info.id(), info);
+    }
+    let row = |name: String| {
+        let fd = programs.get(&name)?;
+        let info = infos.get(&program_id(fd.as_raw_fd())?).context("a loaded program is not among the kernel's")?;
+        row(&name, info)
+    };
+    names(object)?.into_iter().map(row).collect()
+}
+
+/// The names of the object's programs: the functions outside `.text`, which holds what they call.
+fn names(object: &[u8]) -> Result<Vec<String>> {
+    let file = object::File::parse(object).context("the BPF object is no ELF file")?;
+    let text = file.section_by_name(".text").map(|section| object::ObjectSection::index(&section));
+    let is_program =
+        |symbol: &object::Symbol<'_, '_>| symbol.kind() == SymbolKind::Text && symbol.section_index() != text;
+    let names = file.symbols().filter(is_program).filter_map(|symbol| symbol.name().ok().map(str::to_owned));
+    let mut names: Vec<_> = names.filter(|name| !name.is_empty()).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// The kernel's id of the program behind a descriptor of ours.
+fn program_id(fd: i32) -> Result<u32> {
+    let info = fs::read_to_string(Path::new("/proc/self/fdinfo").join(fd.to_string()))?;
+    let id = info.lines().find_map(|line| line.strip_prefix("prog_id:"));
+    id.and_then(|id| id.trim().parse().ok()).context("the kernel does not tell a program's id")
+}
+
+fn row(name: &str, info: &ProgramInfo) -> Result<Row> {
+    let bytes = info.size_translated().context("this kernel does not tell a program's size")?;
+    Ok(Row {
+        name: name.to_owned(),
+        kind: format!("{:?}", info.program_type()?),
+        instructions: bytes / 8,
+        verified: info.verified_instruction_count().context("this kernel does not tell verified instructions")?,
+        jited_bytes: info.size_jitted(),
+        limit: limit(name),
+    })
+}
+
+fn limit(name: &str) -> u32 {
+    LIMITS.iter().find(|(start, _)| name.starts_with(start)).map_or(KERNEL_LIMIT, |(_, limit)| *limit)
+}
+
+fn table(rows: &[Row]) -> String {
+    let head = ["program", "type", "instructions", "verified", "jited bytes", "limit"].map(String::from);
+    let cells = |row: &Row| {
+        let numbers = [row.instructions, row.verified, row.jited_bytes, row.limit].map(|number| number.to_string());
+        let [instructions, verified, jited, limit] = numbers;
+        [row.name.clone(), row.kind.clone(), instructions, verified, jited, limit]
+    };
+    let lines: Vec<_> = std::iter::once(head).chain(rows.iter().map(cells)).collect();
+    let width = |column: usize| lines.iter().map(|line| line[column].len()).max().unwrap_or_default();
+    let widths: [usize; 6] = std::array::from_fn(width);
+    let text = |line: &[String; 6]| {
+        let cell = |(column, cell): (usize, &String)| match column {
+            0 | 1 => format!("{cell:<width$}", width = widths[column]),
+            _ => format!("{cell:>width$}", width = widths[column]),
+        };
+        line.iter().enumerate().map(cell).collect::<Vec<_>>().join("  ") + "\n"
+    };
+    lines.iter().map(text).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn table_lines_up_names_left_and_numbers_right() {
+        let row = |name: &str, verified| Row {
+            name: name.into(),
+            kind: "Xdp".into(),
+            instructions: 10,
+            verified,
+            jited_bytes: 80,
+            limit: limit(name),
+        };
+        let text = table(&[row("a", 7), row("longer_name", 123_456)]);
+        let lengths: Vec<_> = text.lines().map(str::len).collect();
+        assert_eq!(lengths.len(), 3);
+        assert!(lengths.iter().all(|length| *length == lengths[0]), "{text}");
+        assert!(text.contains("\na            Xdp"), "{text}");
+    }
+
+    #[test]
+    fn no_limit_is_above_the_kernels() {
+        assert!(LIMITS.iter().all(|(_, limit)| *limit <= KERNEL_LIMIT));
+    }
+}
