@@ -1,0 +1,469 @@
+//! Links: which program runs where. Every link is pinned, so that it outlives the agent; a new agent puts its programs
+//! behind the links it finds.
+//!
+//! Order of replacement: programs that undo (egress, recvmsg, getpeername) before programs that translate, so that no
+//! translated packet or socket meets an older program on its way back.
+//! May touch: links, their pins, the `devices` map. Which device gets what is decided in `device`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use aya_obj::generated::bpf_attach_type as Hook;
+use proxy_common::abi::device::DeviceRecord;
+use tracing::{debug, info, warn};
+
+use super::device::{Attachment, Choice, Device, decide_attachment};
+use super::kernel::{self, MapFds, Programs};
+use super::maps::{self, Table};
+use super::network::Network;
+use super::pins::{self, Pins};
+use super::sys::{self, LinkTarget, Place};
+
+/// Why a program could not be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The pin directory.
+    #[error(transparent)]
+    Pins(#[from] pins::Error),
+    /// A program or a map is missing.
+    #[error(transparent)]
+    Kernel(#[from] kernel::Error),
+    /// The map of devices.
+    #[error(transparent)]
+    Maps(#[from] maps::Error),
+    /// The kernel refuses a link.
+    #[error("cannot {action} {program} to {target}")]
+    Link {
+        /// "attach", "replace" or "examine".
+        action: &'static str,
+        /// Program name.
+        program: &'static str,
+        /// Control group or device.
+        target: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// No control group of version 2.
+    #[error("cgroup2 is not mounted here: mount it, or say --socket-lb off")]
+    NoCgroup,
+    /// `--cgroup` is unusable.
+    #[error("cannot use {path} as control group")]
+    Cgroup {
+        /// `--cgroup`.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Whether a program translates or undoes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Undoes translations; replaced first.
+    Reverse,
+    /// Translates; replaced last.
+    Forward,
+}
+
+impl Direction {
+    /// In the order of replacement.
+    pub const ORDER: [Self; 2] = [Self::Reverse, Self::Forward];
+}
+
+/// A socket hook: program name in the object, where it is attached, what it does.
+struct SocketHook(&'static str, Hook, Direction);
+
+const SOCKET_HOOKS: [SocketHook; 8] = [
+    SocketHook("recvmsg4", Hook::BPF_CGROUP_UDP4_RECVMSG, Direction::Reverse),
+    SocketHook("recvmsg6", Hook::BPF_CGROUP_UDP6_RECVMSG, Direction::Reverse),
+    SocketHook("getpeername4", Hook::BPF_CGROUP_INET4_GETPEERNAME, Direction::Reverse),
+    SocketHook("getpeername6", Hook::BPF_CGROUP_INET6_GETPEERNAME, Direction::Reverse),
+    SocketHook("sendmsg4", Hook::BPF_CGROUP_UDP4_SENDMSG, Direction::Forward),
+    SocketHook("sendmsg6", Hook::BPF_CGROUP_UDP6_SENDMSG, Direction::Forward),
+    SocketHook("connect4", Hook::BPF_CGROUP_INET4_CONNECT, Direction::Forward),
+    SocketHook("connect6", Hook::BPF_CGROUP_INET6_CONNECT, Direction::Forward),
+];
+
+/// The root of cgroup2 as mounted here.
+pub fn find_cgroup_root() -> Result<PathBuf, Error> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|source| Error::Cgroup { path: "/proc/self/mountinfo".into(), source })?;
+    parse_cgroup_root(&mounts).ok_or(Error::NoCgroup)
+}
+
+/// The mount point of cgroup2 in the text of a mount table (proc_pid_mountinfo(5)); the one that shows the whole tree first.
+fn parse_cgroup_root(mounts: &str) -> Option<PathBuf> {
+    let candidates = mounts.lines().filter_map(|line| {
+        let (fixed, options) = line.split_once(" - ")?;
+        let (root, point) = (fixed.split(' ').nth(3)?, fixed.split(' ').nth(4)?);
+        options.starts_with("cgroup2 ").then(|| (root != "/", unescape(point)))
+    });
+    candidates.min_by_key(|(is_part, _)| *is_part).map(|(_, point)| point.into())
+}
+
+/// Undoes the octal escapes of the mount table.
+fn unescape(text: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .into_iter()
+        .fold(text.to_owned(), |text, (escape, character)| text.replace(escape, character))
+}
+
+/// The socket hooks on one control group.
+pub struct SocketLinks {
+    pins: Pins,
+    cgroup: OwnedFd,
+    cgroup_id: u64,
+    path: PathBuf,
+}
+
+impl SocketLinks {
+    /// Opens the control group; attaches nothing yet.
+    pub fn open(pins: &Pins, path: &Path) -> Result<Self, Error> {
+        let unusable = |source| Error::Cgroup { path: path.to_owned(), source };
+        let cgroup = sys::open_directory(path).map_err(unusable)?;
+        let cgroup_id = fs::metadata(path).map_err(unusable)?.ino();
+        Ok(Self { pins: pins.clone(), cgroup, cgroup_id, path: path.to_owned() })
+    }
+
+    /// Makes the hooks of one direction run the given programs.
+    pub fn attach(&self, programs: &Programs, direction: Direction) -> Result<(), Error> {
+        for SocketHook(name, hook, _) in SOCKET_HOOKS.iter().filter(|hook| hook.2 == direction) {
+            let wanted = Wanted {
+                program: programs.get(name)?,
+                name,
+                target: LinkTarget::Cgroup(self.cgroup_id),
+                pin: self.pins.cgroup_links().join(name),
+            };
+            let create = || sys::link_cgroup(wanted.program, self.cgroup.as_fd(), *hook);
+            wanted.ensure(create, || self.path.display().to_string())?;
+        }
+        Ok(())
+    }
+}
+
+/// Detaches the socket hooks: `--socket-lb off`.
+pub fn detach_sockets(pins: &Pins) -> Result<(), Error> {
+    for pin in pins::list(&pins.cgroup_links())? {
+        detach(&pin)?;
+    }
+    Ok(())
+}
+
+/// Detaches a pinned link and removes the pin. The link goes even if somebody else still holds it.
+pub fn detach(pin: &Path) -> Result<(), pins::Error> {
+    if let Ok(link) = sys::open_pin(pin)
+        && let Err(error) = sys::link_detach(link.as_fd())
+    {
+        // Its target may be gone already; what counts is that the pin goes.
+        debug!(pin = %pin.display(), %error, "link was not detached");
+    }
+    pins::unpin(pin)
+}
+
+/// A link that shall be.
+struct Wanted<'a> {
+    program: BorrowedFd<'a>,
+    name: &'static str,
+    target: LinkTarget,
+    pin: PathBuf,
+}
+
+impl Wanted<'_> {
+    /// Adopts the pinned link if it is on our target, else makes and pins one.
+    fn ensure(&self, create: impl FnOnce() -> io::Result<OwnedFd>, target: impl Fn() -> String) -> Result<(), Error> {
+        let failed = |action| {
+            let (program, target) = (self.name, target());
+            move |source| Error::Link { action, program, target, source }
+        };
+        let old = match sys::open_pin(&self.pin) {
+            Ok(link) => Some(link),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(source) => return Err(failed("examine")(source)),
+        };
+        if let Some(old) = &old {
+            let info = sys::link_info(old.as_fd()).map_err(failed("examine"))?;
+            if info.target == self.target {
+                return self.replace(old, info.program).map_err(failed("replace"));
+            }
+        }
+        // The new one first: between the two, both translate, and what is translated once is left alone by the other.
+        let link = create().map_err(failed("attach"))?;
+        if old.is_some() {
+            detach(&self.pin)?;
+        }
+        sys::pin(link.as_fd(), &self.pin).map_err(failed("pin the link of"))
+    }
+
+    fn replace(&self, link: &OwnedFd, current: u32) -> io::Result<()> {
+        if sys::program_id(self.program)? == current {
+            return Ok(());
+        }
+        sys::link_update(link.as_fd(), self.program)
+    }
+}
+
+/// Programs of one kind of device.
+struct Pair {
+    ingress: &'static str,
+    egress: &'static str,
+}
+
+impl Pair {
+    const fn of(attachment: Attachment) -> Self {
+        match attachment {
+            Attachment::Ethernet => Self { ingress: "ingress", egress: "egress" },
+            Attachment::Ip => Self { ingress: "ingress_l3", egress: "egress_l3" },
+            Attachment::BridgePort(_) => Self { ingress: "ingress_port", egress: "egress" },
+        }
+    }
+}
+
+/// What a device has now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Attached {
+    attachment: Attachment,
+    port: Option<DeviceRecord>,
+}
+
+/// The tcx links of the node's devices, kept as the network changes.
+pub struct DeviceLinks {
+    pins: Pins,
+    /// Network namespace cookie: interface indices mean something only within it.
+    netns: u64,
+    choice: Choice,
+    programs: Programs,
+    ports: Table<u32, DeviceRecord>,
+    attached: BTreeMap<u32, Attached>,
+    listing: u64,
+    skipped: BTreeSet<u32>,
+}
+
+impl DeviceLinks {
+    /// Attaches nothing yet. `netns` is the cookie of the namespace whose devices will be given.
+    pub fn new(pins: &Pins, netns: u64, choice: Choice, programs: Programs, maps: &MapFds) -> Result<Self, Error> {
+        Ok(Self {
+            pins: pins.clone(),
+            netns,
+            choice,
+            programs,
+            ports: Table::open(maps, "devices")?,
+            attached: BTreeMap::new(),
+            listing: 0,
+            skipped: BTreeSet::new(),
+        })
+    }
+
+    /// The programs that are attached.
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// Interface indices that have programs.
+    pub fn attached(&self) -> impl Iterator<Item = u32> {
+        self.attached.keys().copied()
+    }
+
+    /// Puts this agent's programs of one direction behind the links that an earlier agent left, in all devices.
+    pub fn replace(&mut self, network: &Network, direction: Direction) -> Vec<Error> {
+        let mut errors = Vec::new();
+        for device in network.devices.values() {
+            let Ok(attachment) = decide_attachment(device, &self.choice) else { continue };
+            if self.pin(device.index, direction).exists() {
+                errors.extend(self.attach_one(device, attachment, direction).err());
+            }
+        }
+        errors
+    }
+
+    /// Makes links and port records follow the network. A device that fails is reported and tried again next time.
+    pub fn follow(&mut self, network: &Network) -> Vec<Error> {
+        if network.listing != self.listing {
+            // An index may stand for another device now: look at every link again.
+            self.attached.clear();
+            self.skipped.clear();
+            self.listing = network.listing;
+        }
+        let mut errors: Vec<Error> = self.prune(network).err().into_iter().collect();
+        for device in network.devices.values() {
+            errors.extend(self.follow_device(device, network).err());
+        }
+        errors
+    }
+
+    fn follow_device(&mut self, device: &Device, network: &Network) -> Result<(), Error> {
+        let attachment = match decide_attachment(device, &self.choice) {
+            Ok(attachment) => attachment,
+            Err(reason) => {
+                if self.skipped.insert(device.index) {
+                    debug!(device = device.name, %reason, "device gets no program");
+                }
+                return self.release(device.index);
+            }
+        };
+        self.skipped.remove(&device.index);
+        let wanted = Attached { attachment, port: port_record(attachment, network) };
+        if self.attached.get(&device.index) == Some(&wanted) {
+            return Ok(());
+        }
+        self.attach(device, wanted)
+    }
+
+    fn attach(&mut self, device: &Device, wanted: Attached) -> Result<(), Error> {
+        let before = self.attached.remove(&device.index);
+        match &wanted.port {
+            Some(record) => self.ports.put(&device.index, record)?,
+            None => drop(self.ports.remove(&device.index)?),
+        }
+        for direction in Direction::ORDER {
+            match self.attach_one(device, wanted.attachment, direction) {
+                Err(Error::Link { source, .. }) if is_gone(&source) => return Ok(()),
+                result => result?,
+            }
+        }
+        if before.is_none_or(|before| before.attachment != wanted.attachment) {
+            info!(device = device.name, attachment = ?wanted.attachment, "programs attached");
+        }
+        self.attached.insert(device.index, wanted);
+        Ok(())
+    }
+
+    fn attach_one(&self, device: &Device, attachment: Attachment, direction: Direction) -> Result<(), Error> {
+        let pair = Pair::of(attachment);
+        let (name, hook, place) = match direction {
+            Direction::Reverse => (pair.egress, Hook::BPF_TCX_EGRESS, Place::Last),
+            Direction::Forward => (pair.ingress, Hook::BPF_TCX_INGRESS, Place::First),
+        };
+        let wanted = Wanted {
+            program: self.programs.get(name)?,
+            name,
+            target: LinkTarget::Tcx(device.index),
+            pin: self.pin(device.index, direction),
+        };
+        let create = || sys::link_tcx(wanted.program, device.index, hook, place);
+        wanted.ensure(create, || device.name.clone())
+    }
+
+    /// Takes the programs off a device that shall have none.
+    fn release(&mut self, index: u32) -> Result<(), Error> {
+        self.attached.remove(&index);
+        for direction in Direction::ORDER.into_iter().rev() {
+            let pin = self.pin(index, direction);
+            if pin.exists() {
+                detach(&pin)?;
+            }
+        }
+        self.ports.remove(&index)?;
+        Ok(())
+    }
+
+    /// Removes pins and records of devices that are gone, and of other namespaces.
+    fn prune(&mut self, network: &Network) -> Result<(), Error> {
+        self.attached.retain(|index, _| network.devices.contains_key(index));
+        self.skipped.retain(|index| network.devices.contains_key(index));
+        for pin in pins::list(&self.pins.tcx_links())? {
+            match parse_pin(&pin) {
+                Some((netns, index)) if netns == self.netns && network.devices.contains_key(&index) => {}
+                Some((netns, index)) => {
+                    if netns != self.netns {
+                        warn!(pin = %pin.display(), "link of another network namespace removed");
+                    }
+                    detach(&pin)?;
+                    self.ports.remove(&index)?;
+                }
+                None => warn!(pin = %pin.display(), "foreign pin left alone"),
+            }
+        }
+        Ok(())
+    }
+
+    fn pin(&self, index: u32, direction: Direction) -> PathBuf {
+        let hook = match direction {
+            Direction::Reverse => "egress",
+            Direction::Forward => "ingress",
+        };
+        self.pins.tcx_links().join(format!("{:x}-{index}-{hook}", self.netns))
+    }
+}
+
+/// Namespace and interface index in the name of a link's pin.
+fn parse_pin(pin: &Path) -> Option<(u64, u32)> {
+    let mut parts = pins::file_name(pin)?.split('-');
+    let netns = u64::from_str_radix(parts.next()?, 16).ok()?;
+    Some((netns, parts.next()?.parse().ok()?))
+}
+
+/// The device vanished between its announcement and the call.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOLINK))
+}
+
+/// What the programs must know about a bridge port.
+fn port_record(attachment: Attachment, network: &Network) -> Option<DeviceRecord> {
+    let Attachment::BridgePort(index) = attachment else { return None };
+    // A bridge that is not known (yet) gets a record that matches no frame; its announcement brings the right one.
+    let mac = network.devices.get(&index).map_or([0; 6], |bridge| bridge.mac);
+    let word = |at: usize| u16::from_ne_bytes([mac[at], mac[at + 1]]);
+    Some(DeviceRecord { bridge: index, mac: [word(0), word(2), word(4)], reserved: 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+25 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw
+30 25 0:26 / /sys/fs/cgroup rw,nosuid - tmpfs tmpfs rw,mode=755
+31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate
+32 30 0:28 / /sys/fs/cgroup/cpu rw,nosuid - cgroup cgroup rw,cpu
+";
+
+    #[test]
+    fn cgroup2_is_found_where_it_is_mounted() {
+        assert_eq!(parse_cgroup_root(HYBRID), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(parse_cgroup_root("25 1 8:1 / / rw - ext4 /dev/root rw\n"), None);
+        let spaced = "31 30 0:27 / /a\\040b rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(parse_cgroup_root(spaced), Some("/a b".into()));
+    }
+
+    #[test]
+    fn a_mount_of_the_whole_tree_is_preferred() {
+        let part = "31 30 0:27 /kubepods /part rw - cgroup2 cgroup2 rw\n32 30 0:27 / /whole rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(parse_cgroup_root(part), Some("/whole".into()));
+    }
+
+    #[test]
+    fn a_bridge_port_knows_the_mac_of_its_bridge_as_on_the_wire() {
+        let mut network = Network::default();
+        let bridge = Device {
+            index: 9,
+            name: "cni0".into(),
+            kind: "bridge".into(),
+            layer: super::super::device::Layer::Ethernet,
+            is_loopback: false,
+            controller: None,
+            mac: [2, 1, 4, 3, 6, 5],
+        };
+        network.devices.insert(9, bridge);
+        let record = port_record(Attachment::BridgePort(9), &network).unwrap();
+        let bytes: Vec<u8> = record.mac.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        assert_eq!((record.bridge, bytes.as_slice()), (9, &[2, 1, 4, 3, 6, 5][..]));
+        assert_eq!(port_record(Attachment::Ethernet, &network), None);
+    }
+
+    #[test]
+    fn pin_names_tell_namespace_and_device() {
+        assert_eq!(parse_pin(Path::new("/x/links/tcx/1f-12-ingress")), Some((0x1f, 12)));
+        assert_eq!(parse_pin(Path::new("/x/links/tcx/eth0")), None);
+    }
+
+    #[test]
+    fn reverse_hooks_come_first() {
+        let first_forward = SOCKET_HOOKS.iter().position(|hook| hook.2 == Direction::Forward).unwrap();
+        assert!(SOCKET_HOOKS[first_forward..].iter().all(|hook| hook.2 == Direction::Forward));
+        assert_eq!(Direction::ORDER, [Direction::Reverse, Direction::Forward]);
+    }
+}
