@@ -1,1 +1,46 @@
-//! planner
+//! From desired state to the exact changes of the tables: pure functions of values.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`key`] | what frontends, backends and service ports are known by |
+//! | [`node`] | this node as planning needs it: zone, addresses, which of them answer NodePorts, prefixes |
+//! | [`endpoints`] | endpoint selection: policies, readiness, hints (kube-proxy's rules) |
+//! | [`service`] | [`plan_service`]: one service, its endpoints, this node: what should be programmed |
+//! | [`ids`] | allocators of ids and slot ranges |
+//! | [`claims`] | who owns a frontend that several services claim |
+//! | [`usage`] | what addresses and ports are used for, counted over all users |
+//! | [`state`] | everything that is programmed: restored from the tables, advanced from snapshot to snapshot |
+//! | [`plan`] | [`Plan`]: the changes, and their text form |
+//! | [`tables`] | [`Tables`]: all entries of the maps, their text form, and what a change does to them |
+//! | [`problem`] | what a service asks for that cannot be done |
+//!
+//! What always holds:
+//! - No I/O, no clock, no randomness, neither tokio nor aya: the same state and snapshot give the same plan.
+//! - Work follows the change: snapshots share what is equal, and only services that differ are planned again.
+//! - A plan leaves nothing to choose. Applying its changes in order, no frontend that had backends before and has some
+//!   after is ever without one between, and no slot of a published range belongs to another service or names a backend
+//!   that is not written.
+//! - Planning everything from nothing leads to the same tables as any sequence of changes (but for ids and positions,
+//!   and for addresses that linger because flows may still use them).
+
+pub mod claims;
+pub mod endpoints;
+pub mod ids;
+pub mod key;
+pub mod node;
+pub mod plan;
+pub mod problem;
+pub mod service;
+pub mod state;
+pub mod tables;
+pub mod usage;
+
+pub use ids::{BackendId, Epoch, Limits, ServiceId};
+pub use key::{BackendAddr, FrontendAddr, PortName};
+pub use node::NodeView;
+pub use plan::{Cidrs, Group, Op, Plan, Stage, Subject};
+pub use problem::Problem;
+pub use service::{FrontendKind, PlannedBackend, PlannedFrontend, PortPlan, ServicePlan};
+pub use state::State;
+pub use tables::Tables;
+pub use usage::SnatPorts;

@@ -1,0 +1,235 @@
+//! Updates to snapshots, as a function of values.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::endpoint::{EndpointGroup, Endpoints, GroupKind};
+use super::name::Name;
+use super::node::NodeFacts;
+use super::service::{ServiceKey, SourceId};
+use super::snapshot::Snapshot;
+use super::update::{Event, Kind, Object, ObjectKey, SourceSpec, Update};
+
+/// The newest snapshot, and how far each source is with its lists.
+#[derive(Debug)]
+pub struct Content {
+    visible: Snapshot,
+    sources: BTreeMap<SourceId, SourceState>,
+}
+
+#[derive(Debug)]
+struct SourceState {
+    kinds: &'static [Kind],
+    /// Kinds that were listed completely at least once.
+    listed: BTreeSet<Kind>,
+    /// Objects seen so far in each list under way.
+    listing: BTreeMap<Kind, BTreeSet<ObjectKey>>,
+    /// Everything of the source, until all of its kinds have been listed.
+    staged: Option<Snapshot>,
+    /// To which service each listed group of endpoints belongs.
+    groups: BTreeMap<ObjectKey, Name>,
+}
+
+impl Content {
+    /// No objects; each of `sources` still has to list.
+    pub fn new(facts: Arc<NodeFacts>, sources: &[SourceSpec]) -> Self {
+        let visible = Snapshot::empty(facts, sources.iter().map(|spec| spec.id));
+        let state = |spec: &SourceSpec| SourceState {
+            kinds: spec.kinds,
+            listed: BTreeSet::new(),
+            listing: BTreeMap::new(),
+            staged: Some(Snapshot::empty(visible.facts.clone(), [])),
+            groups: BTreeMap::new(),
+        };
+        let sources = sources.iter().map(|spec| (spec.id, state(spec))).collect();
+        Self { visible, sources }
+    }
+
+    /// The newest snapshot.
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.visible
+    }
+
+    /// Replaces what is known about this node. True if that changes the snapshot.
+    pub fn set_facts(&mut self, facts: Arc<NodeFacts>) -> bool {
+        let changed = self.visible.facts != facts;
+        self.visible.facts = facts;
+        changed
+    }
+
+    /// Takes one step of a source. True if that changes the snapshot. A source that is not configured has no say.
+    pub fn apply(&mut self, update: Update) -> bool {
+        let Some(source) = self.sources.get_mut(&update.source) else { return false };
+        if let Event::Problems(problems) = update.event {
+            let known = self.visible.problems.insert(update.source, problems.clone());
+            return known.unwrap_or_default() != problems;
+        }
+        let target = source.staged.as_mut().unwrap_or(&mut self.visible);
+        let changed = step(target, &mut source.listed, &mut source.listing, &mut source.groups, update.source, update.event);
+        if source.staged.is_none() {
+            return changed;
+        }
+        self.enter_when_listed(update.source)
+    }
+
+    /// Makes a source's objects visible if all of its kinds have been listed. True if that happened.
+    fn enter_when_listed(&mut self, id: SourceId) -> bool {
+        let Some(source) = self.sources.get_mut(&id) else { return false };
+        if !source.kinds.iter().all(|kind| source.listed.contains(kind)) {
+            return false;
+        }
+        let Some(staged) = source.staged.take() else { return false };
+        self.visible.services.extend(staged.services);
+        self.visible.endpoints.extend(staged.endpoints);
+        self.visible.nodes.extend(staged.nodes);
+        self.visible.service_cidrs.extend(staged.service_cidrs);
+        self.visible.pending = self.visible.pending.iter().copied().filter(|pending| *pending != id).collect();
+        true
+    }
+}
+
+/// One step of `source` on `target`. True if it changed an object.
+fn step(
+    target: &mut Snapshot,
+    listed: &mut BTreeSet<Kind>,
+    listing: &mut BTreeMap<Kind, BTreeSet<ObjectKey>>,
+    groups: &mut BTreeMap<ObjectKey, Name>,
+    source: SourceId,
+    event: Event,
+) -> bool {
+    match event {
+        Event::Init(kind) => {
+            listing.insert(kind, BTreeSet::new());
+            false
+        }
+        Event::InitApply(object) | Event::Apply(object) => {
+            let key = object.key();
+            if let Some(seen) = listing.get_mut(&key.kind) {
+                seen.insert(key);
+            }
+            put(target, groups, source, object)
+        }
+        Event::Delete(key) => {
+            if let Some(seen) = listing.get_mut(&key.kind) {
+                seen.remove(&key);
+            }
+            remove(target, groups, source, &key)
+        }
+        Event::InitDone(kind) => {
+            let Some(seen) = listing.remove(&kind) else { return false };
+            listed.insert(kind);
+            let stale: Vec<_> = keys(target, groups, source, kind).filter(|key| !seen.contains(key)).collect();
+            stale.iter().fold(false, |changed, key| remove(target, groups, source, key) || changed)
+        }
+        Event::Problems(_) => false,
+    }
+}
+
+/// Adds or replaces an object. True unless the same was there.
+fn put(target: &mut Snapshot, groups: &mut BTreeMap<ObjectKey, Name>, source: SourceId, object: Object) -> bool {
+    match object {
+        Object::Service { namespace, name, service } => {
+            insert_if_new(&mut target.services, ServiceKey { source, namespace, name }, service)
+        }
+        Object::Node { name, node } => insert_if_new(&mut target.nodes, (source, name), node),
+        Object::ServiceCidr { name, cidr } => insert_if_new(&mut target.service_cidrs, (source, name), cidr),
+        Object::Endpoints { namespace, service, group } => put_group(target, groups, source, namespace, service, group),
+    }
+}
+
+fn insert_if_new<K: Ord + Clone, V: PartialEq>(map: &mut imbl::OrdMap<K, Arc<V>>, key: K, value: V) -> bool {
+    if map.get(&key).is_some_and(|known| **known == value) {
+        return false;
+    }
+    map.insert(key, Arc::new(value));
+    true
+}
+
+fn put_group(
+    target: &mut Snapshot,
+    groups: &mut BTreeMap<ObjectKey, Name>,
+    source: SourceId,
+    namespace: Name,
+    service: Name,
+    group: EndpointGroup,
+) -> bool {
+    let object = group_key(group.kind, &namespace, &group.name);
+    let moved = groups.get(&object).is_some_and(|known| *known != service);
+    let left = moved && remove(target, groups, source, &object);
+    let key = ServiceKey { source, namespace, name: service.clone() };
+    let known = target.endpoints.get(&key).cloned().unwrap_or_default();
+    if known.get(group.kind, &group.name).is_some_and(|known| **known == group) {
+        return left;
+    }
+    groups.insert(object, service);
+    target.endpoints.insert(key, Arc::new(known.with(Arc::new(group))));
+    true
+}
+
+/// Removes an object. True if it was there.
+fn remove(
+    target: &mut Snapshot,
+    groups: &mut BTreeMap<ObjectKey, Name>,
+    source: SourceId,
+    object: &ObjectKey,
+) -> bool {
+    let (namespace, name) = (object.namespace.clone(), object.name.clone());
+    match object.kind {
+        Kind::Service => target.services.remove(&ServiceKey { source, namespace, name }).is_some(),
+        Kind::Node => target.nodes.remove(&(source, name)).is_some(),
+        Kind::ServiceCidr => target.service_cidrs.remove(&(source, name)).is_some(),
+        Kind::EndpointSlice => remove_group(target, groups, source, object, GroupKind::Slice),
+        Kind::Endpoints => remove_group(target, groups, source, object, GroupKind::Legacy),
+    }
+}
+
+fn remove_group(
+    target: &mut Snapshot,
+    groups: &mut BTreeMap<ObjectKey, Name>,
+    source: SourceId,
+    object: &ObjectKey,
+    kind: GroupKind,
+) -> bool {
+    let Some(service) = groups.remove(object) else { return false };
+    let key = ServiceKey { source, namespace: object.namespace.clone(), name: service };
+    let rest = target.endpoints.get(&key).map(|known| known.without(kind, &object.name));
+    match rest.filter(|rest: &Endpoints| !rest.is_empty()) {
+        Some(rest) => target.endpoints.insert(key, Arc::new(rest)),
+        None => target.endpoints.remove(&key),
+    };
+    true
+}
+
+fn group_key(kind: GroupKind, namespace: &Name, name: &Name) -> ObjectKey {
+    let kind = match kind {
+        GroupKind::Slice => Kind::EndpointSlice,
+        GroupKind::Legacy => Kind::Endpoints,
+    };
+    ObjectKey { kind, namespace: namespace.clone(), name: name.clone() }
+}
+
+/// Keys of all objects of one kind that `source` has in `target`.
+fn keys<'a>(
+    target: &'a Snapshot,
+    groups: &'a BTreeMap<ObjectKey, Name>,
+    source: SourceId,
+    kind: Kind,
+) -> Box<dyn Iterator<Item = ObjectKey> + 'a> {
+    let cluster = move |name: &Name| ObjectKey { kind, namespace: Name::from(""), name: name.clone() };
+    match kind {
+        Kind::Service => {
+            let first = ServiceKey { source, namespace: Name::from(""), name: Name::from("") };
+            let own = target.services.range(first..).take_while(move |(key, _)| key.source == source);
+            Box::new(own.map(move |(key, _)| ObjectKey { kind, namespace: key.namespace.clone(), name: key.name.clone() }))
+        }
+        Kind::Node => {
+            let own = target.nodes.keys().filter(move |key| key.0 == source);
+            Box::new(own.map(move |key| cluster(&key.1)))
+        }
+        Kind::ServiceCidr => {
+            let own = target.service_cidrs.keys().filter(move |key| key.0 == source);
+            Box::new(own.map(move |key| cluster(&key.1)))
+        }
+        Kind::EndpointSlice | Kind::Endpoints => Box::new(groups.keys().filter(move |key| key.kind == kind).cloned()),
+    }
+}

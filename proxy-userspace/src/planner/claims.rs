@@ -1,0 +1,1 @@
+//! Who owns a frontend that several services claim.

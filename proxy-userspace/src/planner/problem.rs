@@ -1,0 +1,67 @@
+//! What a service asks for that cannot be done, and what is done instead. Each harms only its own service.
+
+use proxy_common::addr::{Addr, Port};
+
+use super::key::{FrontendAddr, NameTooLong, PortName};
+use crate::model::Name;
+
+/// Something that a service does not get.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    /// A transport that the datapath does not carry.
+    #[error("port {port} ({name:?}): SCTP is not supported yet; the port is left out")]
+    Sctp {
+        /// Name of the port.
+        name: Name,
+        /// Its number.
+        port: Port,
+    },
+    /// Two ports of one name and protocol.
+    #[error("port {port}: another port is named {name:?} with the same protocol; the port is left out")]
+    DuplicatePort {
+        /// Name of both.
+        name: Name,
+        /// Number of the one that is left out.
+        port: Port,
+    },
+    /// A service without an address.
+    #[error("it has no clusterIP; nothing is programmed for it")]
+    NoClusterIp,
+    /// The name does not fit.
+    #[error(transparent)]
+    NameTooLong(#[from] NameTooLong),
+    /// Somebody else has the frontend.
+    #[error("{frontend} belongs to {winner}")]
+    Conflict {
+        /// What both claim.
+        frontend: FrontendAddr,
+        /// Who has it.
+        winner: PortName,
+    },
+    /// Load-balancer addresses with allowed sources, which nothing enforces yet.
+    #[error(
+        "{addr}: loadBalancerSourceRanges are not supported yet; the address is not served, since it would be open to all"
+    )]
+    SourceRanges {
+        /// The address.
+        addr: Addr,
+    },
+    /// A table is full.
+    #[error("{name}: no room for {wanted} more {what} (the table has {capacity}); it stays as it was")]
+    Exhausted {
+        /// Which service port.
+        name: PortName,
+        /// How many it needs.
+        wanted: usize,
+        /// Of what.
+        what: &'static str,
+        /// The limit.
+        capacity: u32,
+    },
+    /// An address is dialled as a service and serves as a backend too.
+    #[error("{frontend} is also a backend: traffic to the backend is taken for traffic to the service")]
+    FrontendIsBackend {
+        /// The address.
+        frontend: FrontendAddr,
+    },
+}
