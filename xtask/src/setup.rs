@@ -24,7 +24,7 @@ pub fn run(args: &Args) -> Result<()> {
     let toolchain = toolchain::ensure(args.toolchain)?;
     run::say(&format!(
         "ready; the eBPF crate is built by {:?}, linked by {}",
-        toolchain.kind,
+        toolchain.compiler,
         toolchain.linker.display()
     ));
     Ok(())

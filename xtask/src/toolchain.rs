@@ -11,7 +11,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
+use object::{Object as _, ObjectSection as _};
 
 use crate::{
     need::{self, Host, Need, Step},
@@ -23,12 +24,15 @@ use crate::{
 pub const TARGET: &str = "bpfel-unknown-none";
 
 const LINKER_VERSION: &str = "0.13.0";
-/// The newest LLVM that this bpf-linker can be built against.
-const LINKER_NEWEST_LLVM: u32 = 23;
+/// The versions of LLVM that this bpf-linker can be built against.
+const LINKER_LLVMS: [u32; 3] = [23, 22, 21];
+const INSTALL_NIGHTLY: &str = "rustup toolchain install nightly --profile minimal --component rust-src";
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 const DEBIAN_CARGO: &str = "/usr/bin/cargo";
 const DEBIAN_CLIPPY: &str = "/usr/bin/cargo-clippy";
-const DEBIAN_PACKAGES: [&str; 4] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "rust-web-src"];
+const DEBIAN_PACKAGES: [&str; 4] = ["rustc-web", "cargo-web", DEBIAN_CORE, "rust-web-src"];
+/// `core` for the target: the package that not every release with rustc-web has.
+const DEBIAN_CORE: &str = "libstd-rust-web-dev-bpf";
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -42,27 +46,53 @@ pub enum Choice {
     Debian,
 }
 
-/// A kind of compiler.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// rustup's nightly.
-    Nightly,
+/// A compiler that can build the eBPF crate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Compiler {
+    /// One of rustup's nightlies, by its name.
+    Nightly(String),
     /// Debian's rustc-web.
     Debian,
 }
 
-/// The compilers of this machine that can build the eBPF crate, each by the LLVM it brings.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Found {
-    nightly: Option<u32>,
-    debian: Option<u32>,
+/// A compiler and the LLVM it brings.
+type WithLlvm = (Compiler, u32);
+
+/// What is on this machine: compilers, those to be preferred first, and the linker.
+#[derive(Clone, Debug, Default)]
+struct Found {
+    compilers: Vec<WithLlvm>,
+    linker: Option<Linker>,
 }
 
-/// A compiler and a linker, both there.
+/// A bpf-linker, and the LLVM it was built against unless that is inside.
+#[derive(Clone, Debug)]
+struct Linker {
+    path: PathBuf,
+    llvm: Option<u32>,
+}
+
+/// What can be installed on this machine.
+#[derive(Clone, Debug)]
+struct Offers {
+    host: Host,
+    has_binstall: bool,
+    /// Those of the packages asked for that apt knows.
+    packages: Vec<String>,
+}
+
+/// What to do next.
+#[derive(Debug, PartialEq, Eq)]
+enum Plan {
+    Use(Compiler),
+    Take(Vec<Step>),
+}
+
+/// A compiler and a linker that fit each other.
 #[derive(Debug)]
 pub struct Toolchain {
-    /// Which compiler.
-    pub kind: Kind,
+    /// The compiler.
+    pub compiler: Compiler,
     /// bpf-linker.
     pub linker: PathBuf,
 }
@@ -70,13 +100,13 @@ pub struct Toolchain {
 impl Toolchain {
     /// `cargo SUBCOMMAND` in the eBPF crate, for its target, with its flags and without the outer cargo's variables.
     pub fn cargo(&self, subcommand: &str) -> Cmd {
-        let cmd = match self.kind {
-            Kind::Nightly => Cmd::new("rustup").args(["run", "nightly", "cargo", subcommand, "-Zbuild-std=core"]),
+        let cmd = match &self.compiler {
+            Compiler::Nightly(name) => Cmd::new("rustup").args(["run", name, "cargo", subcommand, "-Zbuild-std=core"]),
             // What is called through cargo is looked for in the user's directories first, and would be rustup's.
-            Kind::Debian if subcommand == "clippy" => {
+            Compiler::Debian if subcommand == "clippy" => {
                 Cmd::new(DEBIAN_CLIPPY).arg(subcommand).env("CARGO", DEBIAN_CARGO)
             }
-            Kind::Debian => Cmd::new(DEBIAN_CARGO).arg(subcommand),
+            Compiler::Debian => Cmd::new(DEBIAN_CARGO).arg(subcommand),
         };
         self.with_flags(cmd)
     }
@@ -88,9 +118,9 @@ impl Toolchain {
             scrubbed.fold(cmd, Cmd::env_remove).dir(workspace::bpf_crate()).env_quietly("PATH", run::search_path());
         let cmd = cmd.env_quietly("LD_LIBRARY_PATH", library_path(&env::var("LD_LIBRARY_PATH").unwrap_or_default()));
         let cmd = cmd.env("RUSTFLAGS", rustflags(&self.linker, env::consts::ARCH).join(" "));
-        match self.kind {
-            Kind::Nightly => cmd,
-            Kind::Debian => cmd.env("RUSTC", DEBIAN_RUSTC).env("RUSTC_BOOTSTRAP", "1"),
+        match &self.compiler {
+            Compiler::Nightly(_) => cmd,
+            Compiler::Debian => cmd.env("RUSTC", DEBIAN_RUSTC).env("RUSTC_BOOTSTRAP", "1"),
         }
     }
 
@@ -107,12 +137,14 @@ impl Toolchain {
 
     fn has_clippy(&self) -> Result<bool> {
         let host = Host::look();
-        match self.kind {
-            Kind::Nightly => Ok(Cmd::new("rustup").args(["run", "nightly", "cargo", "clippy", "--version"]).succeeds()),
-            Kind::Debian if host.is_root && host.has_apt => {
+        match &self.compiler {
+            Compiler::Nightly(name) => {
+                Ok(Cmd::new("rustup").args(["run", name, "cargo", "clippy", "--version"]).succeeds())
+            }
+            Compiler::Debian if host.is_root && host.has_apt => {
                 need::ensure(&[Need::File(DEBIAN_CLIPPY.into(), "rust-web-clippy".into())]).map(|()| true)
             }
-            Kind::Debian => Ok(Path::new(DEBIAN_CLIPPY).exists()),
+            Compiler::Debian => Ok(Path::new(DEBIAN_CLIPPY).exists()),
         }
     }
 }
@@ -148,37 +180,56 @@ fn library_path(path: &str) -> String {
     path.split(':').filter(|dir| !is_cargos(dir)).collect::<Vec<_>>().join(":")
 }
 
-/// The kind that serves the choice, or `None` if what it asks for is not there.
-fn choose(choice: Choice, found: Found) -> Option<(Kind, u32)> {
-    let nightly = found.nightly.map(|llvm| (Kind::Nightly, llvm));
-    let debian = found.debian.map(|llvm| (Kind::Debian, llvm));
-    match choice {
-        Choice::Auto => nightly.or(debian),
-        Choice::Nightly => nightly,
-        Choice::Debian => debian,
-    }
-}
-
-/// A compiler and the linker, installed now if they were missing.
+/// A compiler and a linker that fit each other, installed now if they were missing.
 ///
 /// Errors: they cannot be installed; the text says what to type.
 pub fn ensure(choice: Choice) -> Result<Toolchain> {
-    let (kind, llvm) = match choose(choice, look()) {
-        Some(chosen) => chosen,
-        None => {
-            install_compiler(choice)?;
-            choose(choice, look()).context("the compiler for eBPF is still not usable after its installation")?
+    // Anything has at most to be installed twice: a compiler, then a linker for it.
+    for _ in 0..3 {
+        let found = look();
+        let linker = found.linker.as_ref().map(|linker| linker.path.clone());
+        match (plan(choice, &found, None), linker) {
+            (Some(Plan::Use(compiler)), Some(linker)) => return Ok(Toolchain { compiler, linker }),
+            _ => install(choice, &found)?,
         }
-    };
-    Ok(Toolchain { kind, linker: ensure_linker(llvm)? })
+    }
+    bail!("compiler or linker for eBPF are still not usable after their installation")
+}
+
+fn install(choice: Choice, found: &Found) -> Result<()> {
+    run::say(
+        "missing for eBPF: rustup's nightly with rust-src or Debian's rustc-web, or a bpf-linker not older than their LLVM",
+    );
+    let host = Host::look();
+    if host.is_root && host.has_apt {
+        // A fresh machine knows no packages yet.
+        Cmd::new("apt-get").arg("update").run()?;
+    }
+    match plan(choice, found, Some(&look_for_offers(host))) {
+        Some(Plan::Take(steps)) => need::take(steps),
+        _ => Ok(()),
+    }
 }
 
 fn look() -> Found {
-    Found { nightly: find_nightly(), debian: find_debian() }
+    let nightlies = nightlies().into_iter().filter_map(|name| Some((nightly_llvm(&name)?, name)));
+    let nightlies = nightlies.map(|(llvm, name)| (Compiler::Nightly(name), llvm));
+    let debian = debian_llvm().map(|llvm| (Compiler::Debian, llvm));
+    Found { compilers: nightlies.chain(debian).collect(), linker: find_linker() }
 }
 
-fn find_nightly() -> Option<u32> {
-    let rustc = || Cmd::new("rustup").args(["run", "nightly", "rustc"]).env("RUSTUP_AUTO_INSTALL", "0");
+/// The names of rustup's nightlies, the undated one first.
+fn nightlies() -> Vec<String> {
+    let list = Cmd::new("rustup").args(["toolchain", "list"]).read().unwrap_or_default();
+    let mut names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).map(String::from).collect();
+    names.retain(|name| name.starts_with("nightly"));
+    names.sort_by_key(|name| name.starts_with("nightly-2"));
+    names
+}
+
+/// The LLVM of a nightly that has the sources of `core`.
+fn nightly_llvm(name: &str) -> Option<u32> {
+    let rustc = || Cmd::new("rustup").args(["run", name, "rustc"]);
     let sysroot = rustc().args(["--print", "sysroot"]).read().ok()?;
     let core = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs");
     if !core.exists() {
@@ -187,7 +238,8 @@ fn find_nightly() -> Option<u32> {
     llvm_major(&rustc().arg("-vV").read().ok()?)
 }
 
-fn find_debian() -> Option<u32> {
+/// The LLVM of Debian's compiler, if it has `core` for the target.
+fn debian_llvm() -> Option<u32> {
     let rustc = || Cmd::new(DEBIAN_RUSTC);
     let libs = rustc().args(["--print", "target-libdir", "--target", TARGET]).read().ok()?;
     let is_core = |entry: fs::DirEntry| entry.file_name().to_string_lossy().starts_with("libcore-");
@@ -204,97 +256,116 @@ fn llvm_major(version: &str) -> Option<u32> {
     line.split('.').next()?.parse().ok()
 }
 
-fn install_compiler(choice: Choice) -> Result<()> {
-    run::say("no compiler for eBPF yet: it needs rustup's nightly with rust-src, or Debian's rustc-web");
-    let host = Host::look();
-    if host.is_root && host.has_apt && choice != Choice::Nightly {
-        // The names are looked up in the package list, which a fresh machine does not have yet.
-        Cmd::new("apt-get").arg("update").run()?;
-    }
-    need::take(compiler_steps(choice, host, need::apt_offers(DEBIAN_PACKAGES[2])))
+fn find_linker() -> Option<Linker> {
+    let path = run::find_program("bpf-linker")?;
+    let llvm = fs::read(&path).ok().and_then(|bytes| linked_llvm(library_names(&bytes)?));
+    Some(Linker { path, llvm })
 }
 
-/// The steps that bring a compiler: Debian's packages where they can be had unasked, else rustup's nightly.
-fn compiler_steps(choice: Choice, host: Host, apt_offers: bool) -> Vec<Step> {
-    let packages = DEBIAN_PACKAGES.join(" ");
-    let nightly = "rustup toolchain install nightly --profile minimal --component rust-src";
-    let run = |line: &str| vec![Step::Run(line.split(' ').map(Into::into).collect())];
-    let ask = |line: String| vec![Step::Ask(line)];
-    let can_debian = choice != Choice::Nightly && apt_offers;
-    let can_nightly = choice != Choice::Debian && host.has_rustup;
-    match (can_debian, can_nightly) {
-        (true, _) if host.is_root => run(&format!("apt-get install -y --no-install-recommends {packages}")),
-        (_, true) => run(nightly),
-        (true, false) => ask(format!("sudo apt-get install -y --no-install-recommends {packages}")),
-        (false, false) if choice == Choice::Debian => ask(format!("apt-get install {packages}   # Debian 12 or newer")),
-        (false, false) => ask(format!("install rustup from https://rustup.rs, then: {nightly}")),
+/// The strings of a program for the dynamic linker, the names of its libraries among them.
+fn library_names(program: &[u8]) -> Option<&[u8]> {
+    object::File::parse(program).ok()?.section_by_name(".dynstr")?.data().ok()
+}
+
+/// The number in the name of the LLVM library among `names`: `libLLVM.so.22.1` or `libLLVM-22.so`.
+fn linked_llvm(names: &[u8]) -> Option<u32> {
+    [&b"libLLVM.so."[..], b"libLLVM-"].into_iter().find_map(|name| {
+        let at = names.windows(name.len()).position(|window| window == name)? + name.len();
+        let digits: Vec<_> = names[at..].iter().copied().take_while(u8::is_ascii_digit).collect();
+        String::from_utf8(digits).ok()?.parse().ok()
+    })
+}
+
+fn look_for_offers(host: Host) -> Offers {
+    let libraries = LINKER_LLVMS.map(|llvm| format!("llvm-{llvm}-dev"));
+    let asked = libraries.into_iter().chain([DEBIAN_CORE.to_owned()]);
+    let packages = asked.filter(|package| need::apt_offers(package)).collect();
+    Offers { host, has_binstall: run::find_program("cargo-binstall").is_some(), packages }
+}
+
+impl Found {
+    fn is_readable(&self, llvm: u32) -> bool {
+        self.linker.as_ref().is_some_and(|linker| linker.llvm.is_none_or(|newest| newest >= llvm))
     }
 }
 
-fn ensure_linker(llvm: u32) -> Result<PathBuf> {
-    if let Some(linker) = run::find_program("bpf-linker") {
-        return Ok(linker);
+impl Offers {
+    fn has(&self, package: &str) -> bool {
+        self.packages.iter().any(|known| known == package)
     }
-    run::say("missing: bpf-linker");
-    let host = Host::look();
-    let library = format!("llvm-{llvm}-dev");
-    if !Path::new(&format!("/usr/lib/llvm-{llvm}/lib")).exists() && host.is_root && host.has_apt {
-        Cmd::new("apt-get").arg("update").run()?;
-    }
-    let ways = LinkerWays {
-        has_binstall: run::find_program("cargo-binstall").is_some(),
-        apt_offers_llvm: need::apt_offers(&library),
-        has_llvm: Path::new(&format!("/usr/lib/llvm-{llvm}/bin/llvm-config")).exists(),
+}
+
+/// What to do so that the choice can be served, or `None` if it cannot be and nothing may be installed.
+///
+/// Preferred, in this order: what is there and fits; a linker for a compiler that is there; Debian's compiler; rustup's;
+/// in the end, asking the reader.
+fn plan(choice: Choice, found: &Found, offers: Option<&Offers>) -> Option<Plan> {
+    let is_wanted = |compiler: &Compiler| match choice {
+        Choice::Auto => true,
+        Choice::Nightly => *compiler != Compiler::Debian,
+        Choice::Debian => *compiler == Compiler::Debian,
     };
-    need::take(linker_steps(llvm, env::consts::ARCH, host, ways))?;
-    match run::find_program("bpf-linker") {
-        Some(linker) => Ok(linker),
-        None => bail!("bpf-linker was installed, but neither PATH nor {} has it", workspace::cargo_home().display()),
+    let wanted: Vec<_> = found.compilers.iter().filter(|(compiler, _)| is_wanted(compiler)).collect();
+    if let Some((compiler, _)) = wanted.iter().find(|(_, llvm)| found.is_readable(*llvm)) {
+        return Some(Plan::Use(compiler.clone()));
     }
+    let offers = offers?;
+    let linker = wanted.iter().find_map(|(_, llvm)| install_linker(*llvm, offers));
+    let has_debian = wanted.iter().any(|(compiler, _)| *compiler == Compiler::Debian);
+    let debian = || (choice != Choice::Nightly && !has_debian).then(|| install_debian(offers)).flatten();
+    let nightly = || (choice != Choice::Debian && wanted.is_empty()).then(|| install_nightly(offers)).flatten();
+    let ask = || vec![Step::Ask(advice(choice, wanted.first().map(|(_, llvm)| *llvm)))];
+    Some(Plan::Take(linker.or_else(debian).or_else(nightly).unwrap_or_else(ask)))
 }
 
-/// The ways to a bpf-linker that this machine offers.
-#[derive(Clone, Copy, Debug)]
-struct LinkerWays {
-    has_binstall: bool,
-    apt_offers_llvm: bool,
-    has_llvm: bool,
-}
-
-/// The steps that bring a bpf-linker that reads the bitcode of LLVM `llvm`.
-fn linker_steps(llvm: u32, arch: &str, host: Host, ways: LinkerWays) -> Vec<Step> {
-    let run = |line: String| Step::Run(line.split(' ').map(Into::into).collect());
-    let packages = format!("llvm-{llvm}-dev libzstd-dev zlib1g-dev g++");
+/// The steps that bring a linker for LLVM `llvm`, if they can be taken unasked.
+fn install_linker(llvm: u32, offers: &Offers) -> Option<Vec<Step>> {
+    let library = format!("llvm-{llvm}-dev");
     let build = format!(
-        "env LLVM_PREFIX=/usr/lib/llvm-{llvm} cargo install bpf-linker --version {LINKER_VERSION} --locked \
+        "env LLVM_PREFIX=/usr/lib/llvm-{llvm} cargo install bpf-linker --version {LINKER_VERSION} --locked --force \
          --no-default-features --features llvm-{llvm}"
     );
-    let can_build = llvm <= LINKER_NEWEST_LLVM;
-    if ways.has_binstall {
-        return vec![run(format!("cargo binstall --no-confirm bpf-linker@{LINKER_VERSION}"))];
+    let can_build = LINKER_LLVMS.contains(&llvm) && offers.host.is_root && offers.has(&library);
+    if can_build {
+        let packages = format!("apt-get install -y --no-install-recommends {library} libzstd-dev zlib1g-dev g++");
+        return Some(vec![step(&packages), step(&build)]);
     }
-    if can_build && ways.apt_offers_llvm && host.is_root {
-        return vec![run(format!("apt-get install -y --no-install-recommends {packages}")), run(build)];
+    offers.has_binstall.then(|| vec![step(&format!("cargo binstall --no-confirm --force bpf-linker@{LINKER_VERSION}"))])
+}
+
+fn install_debian(offers: &Offers) -> Option<Vec<Step>> {
+    let line = format!("apt-get install -y --no-install-recommends {}", DEBIAN_PACKAGES.join(" "));
+    (offers.host.is_root && offers.has(DEBIAN_CORE)).then(|| vec![step(&line)])
+}
+
+fn install_nightly(offers: &Offers) -> Option<Vec<Step>> {
+    offers.host.has_rustup.then(|| vec![step(INSTALL_NIGHTLY)])
+}
+
+fn step(line: &str) -> Step {
+    Step::Run(line.split(' ').map(Into::into).collect())
+}
+
+/// What to type where nothing can be installed unasked; `llvm` is that of the compiler, if there is one.
+fn advice(choice: Choice, llvm: Option<u32>) -> String {
+    let debian = format!("sudo apt-get update && sudo apt-get install -y {}", DEBIAN_PACKAGES.join(" "));
+    match (llvm, choice) {
+        (Some(llvm), _) => format!(
+            "a bpf-linker that reads LLVM {llvm}: `cargo binstall bpf-linker`, or the file for {}-unknown-linux-musl at \
+             https://github.com/aya-rs/bpf-linker/releases, unpacked into {}",
+            env::consts::ARCH,
+            workspace::cargo_home().join("bin").display()
+        ),
+        (None, Choice::Debian) => format!("{debian}   (Debian 12 has them)"),
+        (None, _) => {
+            format!("install rustup (https://rustup.rs), then: {INSTALL_NIGHTLY}\n  or, on Debian 12: {debian}")
+        }
     }
-    if can_build && ways.has_llvm {
-        return vec![run(build)];
-    }
-    if can_build && ways.apt_offers_llvm {
-        return vec![Step::Ask(format!("sudo apt-get install -y --no-install-recommends {packages} && {build}"))];
-    }
-    // Built by the project for every Linux, with an LLVM inside.
-    let url = "https://github.com/aya-rs/bpf-linker/releases/latest/download";
-    let file = format!("bpf-linker-{arch}-unknown-linux-musl.tar.zst");
-    let unpack = "tar -x --zstd -C ~/.cargo/bin";
-    vec![Step::Ask(format!("curl -fL {url}/{file} | {unpack}   # or: cargo binstall bpf-linker"))]
 }
 
 /// What to do when the build of the eBPF crate fails for a reason that is not in its source.
 pub fn hint() -> String {
-    format!(
-        "if the linker speaks of bitcode or an unknown attribute, it was built against an older LLVM than the compiler's: \
-         `cargo uninstall bpf-linker`, then `cargo xtask setup`; version {LINKER_VERSION} is the one tried here"
-    )
+    format!("the message above says why; tried with bpf-linker {LINKER_VERSION} and `--toolchain debian`")
 }
 
 #[cfg(test)]
@@ -303,24 +374,85 @@ mod tests {
 
     const ROOT: Host = Host { is_root: true, has_apt: true, has_rustup: true };
     const USER: Host = Host { is_root: false, ..ROOT };
-    const NO_WAY: LinkerWays = LinkerWays { has_binstall: false, apt_offers_llvm: false, has_llvm: false };
 
-    fn line(steps: &[Step]) -> String {
+    fn nightly(llvm: u32) -> WithLlvm {
+        (Compiler::Nightly("nightly".into()), llvm)
+    }
+
+    fn debian() -> WithLlvm {
+        (Compiler::Debian, 22)
+    }
+
+    fn found<const N: usize>(compilers: [WithLlvm; N], linker: Option<u32>) -> Found {
+        let linker = linker.map(|llvm| Linker { path: "/l".into(), llvm: Some(llvm).filter(|llvm| *llvm > 0) });
+        Found { compilers: compilers.into(), linker }
+    }
+
+    fn offers<const N: usize>(host: Host, packages: [&str; N]) -> Offers {
+        Offers { host, has_binstall: false, packages: packages.map(Into::into).into() }
+    }
+
+    fn used(choice: Choice, found: &Found) -> Option<Compiler> {
+        match plan(choice, found, None)? {
+            Plan::Use(compiler) => Some(compiler),
+            Plan::Take(steps) => panic!("nothing may be installed: {steps:?}"),
+        }
+    }
+
+    fn taken(choice: Choice, found: &Found, offers: &Offers) -> String {
         let words = |step: &Step| match step {
-            Step::Run(words) => format!("run {}", words.join(" ")),
-            Step::Ask(text) => format!("ask {text}"),
+            Step::Run(words) => words.join(" "),
+            Step::Ask(text) => format!("ask: {text}"),
         };
-        steps.iter().map(words).collect::<Vec<_>>().join("; ")
+        match plan(choice, found, Some(offers)) {
+            Some(Plan::Take(steps)) => steps.iter().map(words).collect::<Vec<_>>().join("; "),
+            other => panic!("there is something to install: {other:?}"),
+        }
     }
 
     #[test]
-    fn nightly_with_sources_is_preferred_but_not_to_a_plain_wish() {
-        let both = Found { nightly: Some(23), debian: Some(22) };
-        assert_eq!(choose(Choice::Auto, both), Some((Kind::Nightly, 23)));
-        assert_eq!(choose(Choice::Debian, both), Some((Kind::Debian, 22)));
-        let debian = Found { nightly: None, ..both };
-        assert_eq!(choose(Choice::Auto, debian), Some((Kind::Debian, 22)));
-        assert_eq!(choose(Choice::Nightly, debian), None);
+    fn nightly_is_preferred_unless_the_linker_cannot_read_it() {
+        let auto = |nightly_llvm, linker| used(Choice::Auto, &found([nightly(nightly_llvm), debian()], Some(linker)));
+        assert_eq!(auto(22, 22), Some(nightly(22).0));
+        assert_eq!(auto(23, 23), Some(nightly(23).0));
+        assert_eq!(auto(23, 22), Some(Compiler::Debian));
+        // A linker with LLVM inside does not tell which.
+        assert_eq!(auto(23, 0), Some(nightly(23).0));
+    }
+
+    #[test]
+    fn a_choice_is_kept_to() {
+        let both = found([nightly(22), debian()], Some(22));
+        assert_eq!(used(Choice::Debian, &both), Some(Compiler::Debian));
+        assert_eq!(used(Choice::Nightly, &found([debian()], Some(22))), None);
+        assert_eq!(used(Choice::Auto, &found([nightly(22), debian()], None)), None);
+    }
+
+    #[test]
+    fn a_linker_is_built_for_the_compiler_that_is_there() {
+        let root = offers(ROOT, ["llvm-22-dev", DEBIAN_CORE]);
+        let line = taken(Choice::Auto, &found([debian()], None), &root);
+        assert!(line.starts_with("apt-get install -y --no-install-recommends llvm-22-dev "), "{line}");
+        assert!(line.ends_with("--no-default-features --features llvm-22"), "{line}");
+        // Nightly's LLVM has no package: Debian's compiler helps, unless nightly was asked for.
+        let new = found([nightly(23)], None);
+        assert!(taken(Choice::Auto, &new, &root).contains("rustc-web"));
+        assert!(taken(Choice::Nightly, &new, &root).starts_with("ask: a bpf-linker that reads LLVM 23"));
+        let binstall = Offers { has_binstall: true, ..root };
+        assert!(taken(Choice::Nightly, &new, &binstall).starts_with("cargo binstall"));
+    }
+
+    #[test]
+    fn a_compiler_comes_from_debian_for_root_and_else_from_rustup() {
+        let none = found([], None);
+        let debian = [DEBIAN_CORE];
+        assert!(taken(Choice::Auto, &none, &offers(ROOT, debian)).starts_with("apt-get install"));
+        assert!(taken(Choice::Auto, &none, &offers(ROOT, [])).starts_with("rustup toolchain install nightly"));
+        assert!(taken(Choice::Auto, &none, &offers(USER, debian)).starts_with("rustup toolchain install nightly"));
+        assert!(taken(Choice::Nightly, &none, &offers(ROOT, debian)).starts_with("rustup toolchain install nightly"));
+        assert!(taken(Choice::Debian, &none, &offers(USER, debian)).starts_with("ask: sudo apt-get update"));
+        let bare = Host { has_rustup: false, ..USER };
+        assert!(taken(Choice::Auto, &none, &offers(bare, debian)).starts_with("ask: install rustup"));
     }
 
     #[test]
@@ -328,14 +460,8 @@ mod tests {
         let gone = ["CARGO", "CARGO_MANIFEST_DIR", "CARGO_ENCODED_RUSTFLAGS", "RUSTC", "RUSTFLAGS", "RUSTUP_TOOLCHAIN"];
         let kept =
             ["CARGO_HOME", "CARGO_HTTP_CAINFO", "CARGO_REGISTRIES_X_INDEX", "RUSTUP_HOME", "PATH", "HTTPS_PROXY"];
-        assert_eq!(
-            gone.iter().filter(|name| !is_scrubbed(name)).collect::<Vec<_>>(),
-            [""; 0].iter().collect::<Vec<_>>()
-        );
-        assert_eq!(
-            kept.iter().filter(|name| is_scrubbed(name)).collect::<Vec<_>>(),
-            [""; 0].iter().collect::<Vec<_>>()
-        );
+        assert!(gone.iter().all(|name| is_scrubbed(name)));
+        assert!(!kept.iter().any(|name| is_scrubbed(name)));
     }
 
     #[test]
@@ -352,31 +478,11 @@ mod tests {
     }
 
     #[test]
-    fn llvm_version_is_read_from_rustc() {
+    fn llvm_versions_are_read_from_compiler_and_linker() {
         assert_eq!(llvm_major("rustc 1.97.0-nightly\nrelease: 1.97.0\nLLVM version: 22.1.4\n"), Some(22));
         assert_eq!(llvm_major("rustc 1.0"), None);
-    }
-
-    #[test]
-    fn root_on_debian_gets_packages_and_all_others_nightly() {
-        let steps = |choice, host, offers| line(&compiler_steps(choice, host, offers));
-        assert!(steps(Choice::Auto, ROOT, true).starts_with("run apt-get install"));
-        assert!(steps(Choice::Auto, ROOT, false).starts_with("run rustup toolchain install nightly"));
-        assert!(steps(Choice::Auto, USER, true).starts_with("run rustup toolchain install nightly"));
-        assert!(steps(Choice::Debian, USER, true).starts_with("ask sudo apt-get install"));
-        assert!(steps(Choice::Nightly, ROOT, true).starts_with("run rustup toolchain install nightly"));
-        assert!(steps(Choice::Nightly, Host { has_rustup: false, ..ROOT }, true).starts_with("ask install rustup"));
-    }
-
-    #[test]
-    fn linker_is_built_against_the_compilers_llvm_or_fetched() {
-        let offered = LinkerWays { apt_offers_llvm: true, ..NO_WAY };
-        let root = line(&linker_steps(22, "x86_64", ROOT, offered));
-        assert!(root.starts_with("run apt-get install -y --no-install-recommends llvm-22-dev "), "{root}");
-        assert!(root.ends_with("--features llvm-22"), "{root}");
-        assert!(line(&linker_steps(22, "x86_64", USER, offered)).starts_with("ask sudo apt-get install"));
-        let there = LinkerWays { has_llvm: true, ..NO_WAY };
-        assert!(line(&linker_steps(22, "x86_64", USER, there)).starts_with("run env LLVM_PREFIX=/usr/lib/llvm-22 "));
-        assert!(line(&linker_steps(24, "aarch64", ROOT, there)).contains("bpf-linker-aarch64-unknown-linux-musl"));
+        assert_eq!(linked_llvm(b"\0libLLVM.so.22.1\0libc.so.6\0"), Some(22));
+        assert_eq!(linked_llvm(b"\0libLLVM-19.so\0"), Some(19));
+        assert_eq!(linked_llvm(b"\0libc.so.6\0"), None);
     }
 }
