@@ -5,6 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 
 use crate::{
+    condense::Condenser,
     need::{self, Need},
     run::{self, Cmd},
     toolchain::{self, Choice, Toolchain},
@@ -40,7 +41,10 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// The BPF object is up to date; its file is touched only if its bytes changed, so that nothing is rebuilt needlessly.
 pub fn object(toolchain: &Toolchain) -> Result<()> {
-    toolchain.cargo("build").hint(toolchain::hint()).run()?;
+    let mut condenser = Condenser::default();
+    let result = toolchain.cargo("build").hint(toolchain::hint()).run_filtered(|line| condenser.keep(line));
+    condenser.summary().iter().for_each(|line| run::say(line));
+    result?;
     let built = workspace::bpf_target().join(toolchain::TARGET).join("release/shunt-bpf");
     replace_if_changed(&built, &workspace::bpf_object())
 }

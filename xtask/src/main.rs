@@ -10,6 +10,7 @@ mod build;
 mod build_and_load;
 mod cargo_test;
 mod ci;
+mod condense;
 mod control_plane;
 mod demo;
 mod leftover;

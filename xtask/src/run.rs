@@ -2,7 +2,7 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    io::IsTerminal as _,
+    io::{BufRead as _, BufReader, IsTerminal as _},
     path::Path,
     process::{Child, Command, Stdio},
 };
@@ -94,6 +94,29 @@ impl Cmd {
         show(&self.shown());
         let status = self.command.stdin(Stdio::null()).status();
         let status = status.with_context(|| self.failure("cannot be started"))?;
+        if !status.success() {
+            bail!(self.failure(&status.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Runs the command to its end as [`Cmd::run`] does; of its error output only what `keep` wants is shown.
+    pub fn run_filtered(mut self, mut keep: impl FnMut(&str) -> bool) -> Result<()> {
+        if !is_plain() {
+            // Cargo sees a pipe where our reader sees a terminal.
+            self.command.env("CARGO_TERM_COLOR", "always");
+        }
+        self.command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = self.spawn()?;
+        let stderr = child.stderr.take().expect("standard error was asked to be a pipe");
+        for line in BufReader::new(stderr).split(b'\n') {
+            let line = line.with_context(|| self.failure("its output cannot be read"))?;
+            let line = String::from_utf8_lossy(&line);
+            if keep(&line) {
+                eprintln!("{line}");
+            }
+        }
+        let status = child.wait()?;
         if !status.success() {
             bail!(self.failure(&status.to_string()));
         }
