@@ -12,7 +12,8 @@ use aya::programs::{Program, ProgramError};
 use aya::{EbpfError, EbpfLoader};
 use aya_obj::EbpfSectionKind;
 
-use super::kfunc::{self, Kfunc};
+use super::btf::{self, Field};
+use super::kfunc::{self, KFUNCS, Kfunc};
 use super::pins::{self, Pins};
 use super::sys::{self, MapInfo};
 
@@ -25,6 +26,9 @@ pub enum Error {
     /// The object's markers.
     #[error(transparent)]
     Kfunc(#[from] kfunc::Error),
+    /// The kernel's types.
+    #[error(transparent)]
+    Btf(#[from] btf::Error),
     /// What is pinned was made by another build or with other sizes.
     #[error("what is pinned has another layout: {}", join(.0))]
     Layout(Vec<Mismatch>),
@@ -204,9 +208,10 @@ pub(super) fn on_map(action: &'static str, name: &str) -> impl FnOnce(io::Error)
 pub fn load(object: &[u8], pins: &Pins, sizes: &Sizes) -> Result<Loaded, Error> {
     let declared = declared_maps(object, sizes)?;
     let adopted = check_pinned(pins, &declared)?;
+    let kernel = btf::Answers::of_kernel(&KFUNCS.map(|kfunc| kfunc.name), &[CONNTRACK_STATUS])?;
     let mut patched = object.to_vec();
-    let missing_kfuncs = kfunc::resolve(&mut patched)?;
-    let mut ebpf = make_maps(&patched, pins, sizes, &declared)?;
+    let missing_kfuncs = kfunc::resolve(&mut patched, |name| kernel.function(name))?;
+    let mut ebpf = make_maps(&patched, pins, sizes, &kernel, &declared)?;
     let programs = load_programs(&mut ebpf)?;
     let maps = open_maps(pins, &declared)?;
     Ok(Loaded {
@@ -293,10 +298,14 @@ fn compare(name: &str, pinned: &MapInfo, wanted: &MapInfo) -> Vec<Mismatch> {
         .collect()
 }
 
+/// The field of a connection of the kernel's conntrack that says how it is translated.
+const CONNTRACK_STATUS: Field = Field { structure: "nf_conn", field: "status" };
+
 fn make_maps(
     object: &[u8],
     pins: &Pins,
     sizes: &Sizes,
+    kernel: &btf::Answers,
     declared: &BTreeMap<String, MapInfo>,
 ) -> Result<aya::Ebpf, Error> {
     let mut loader = EbpfLoader::new();
@@ -308,6 +317,9 @@ fn make_maps(
     for name in declared.keys() {
         loader.map_pin_path(name, pins.map(name));
     }
+    // Zero: not known, the programs then take every connection for untranslated.
+    let status = kernel.offset(CONNTRACK_STATUS).unwrap_or(0);
+    loader.override_global("NF_CONN_STATUS", &status, false);
     loader.load(object).map_err(|error| Error::Load(Box::new(error)))
 }
 

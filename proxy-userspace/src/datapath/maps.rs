@@ -11,15 +11,16 @@ use std::time::Duration;
 use aya::Pod;
 use proxy_common::abi::address::{AddressClass, PortWord};
 use proxy_common::abi::backend::BackendRecord;
-use proxy_common::abi::config::Config;
+use proxy_common::abi::config::{Cidr, Config, MAX_CIDRS};
 use proxy_common::abi::counter::ServiceCounters;
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{ServiceName, ServiceRecord, Slot};
-use proxy_common::addr::Addr;
+use proxy_common::addr::{Addr, Port};
 use tracing::warn;
 
 use super::kernel::{Error as KernelError, MapFds, on_map};
 use super::sys::{self, MappedWords};
+use crate::planner::{Cidrs, Op};
 
 /// A write that the kernel (or a fake) refused.
 #[derive(Debug, thiserror::Error)]
@@ -44,44 +45,20 @@ pub enum Error {
     },
 }
 
-/// Some entries of a batch were written, the next was refused.
+/// Some operations were done, the next was refused.
 #[derive(Debug, thiserror::Error)]
-#[error("entry {done} of a batch was refused")]
-pub struct BatchError {
-    /// Entries that were written; the refused one is the next.
+#[error("operation {done} was refused")]
+pub struct Refused {
+    /// Operations that were done; the refused one is the next.
     pub done: usize,
     /// Why.
     pub source: Error,
 }
 
-/// The writes of the reconciler. Every write may be repeated; removing what is not there is not an error.
+/// The tables as the reconciler changes them.
 pub trait Maps {
-    /// Replaces the configuration.
-    fn write_config(&mut self, config: &Config) -> Result<(), Error>;
-    /// Replaces the uses of 32 ports.
-    fn write_ports(&mut self, word: u32, ports: PortWord) -> Result<(), Error>;
-    /// Inserts or replaces address classes.
-    fn put_addresses(&mut self, keys: &[Addr], values: &[AddressClass]) -> Result<(), BatchError>;
-    /// Removes address classes.
-    fn remove_addresses(&mut self, keys: &[Addr]) -> Result<(), BatchError>;
-    /// Inserts or replaces frontends.
-    fn put_frontends(&mut self, keys: &[FrontendKey], values: &[FrontendValue]) -> Result<(), BatchError>;
-    /// Removes frontends.
-    fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), BatchError>;
-    /// Inserts or replaces names of services.
-    fn put_names(&mut self, keys: &[u32], values: &[ServiceName]) -> Result<(), BatchError>;
-    /// Removes names of services.
-    fn remove_names(&mut self, keys: &[u32]) -> Result<(), BatchError>;
-    /// Zeroes the counters of a service id that is about to get another meaning.
-    fn reset_counters(&mut self, service: u32) -> Result<(), Error>;
-    /// Writes a backend: its state becomes visible last, and a changed address is never seen with a live state.
-    fn write_backend(&mut self, id: u32, record: &BackendRecord) -> Result<(), Error>;
-    /// Writes slots from position `base` on; not yet visible to a reader of any range that does not hold them.
-    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), Error>;
-    /// Publishes a service record: each of its sets changes at once, after all slots written before.
-    fn write_service(&mut self, id: u32, record: &ServiceRecord) -> Result<(), Error>;
-    /// Returns once no program can still read what the writes before have replaced.
-    fn wait_for_programs(&mut self);
+    /// Does operations in order, up to the first that is refused. Each may be repeated; deleting what is not there is done.
+    fn apply(&mut self, ops: &[&Op]) -> Result<(), Refused>;
 }
 
 /// An array that userspace has mapped.
@@ -212,13 +189,13 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     /// One entry by a plain call, more by batches.
-    pub(super) fn put_all(&self, keys: &[K], values: &[V]) -> Result<(), BatchError> {
+    pub(super) fn put_all(&self, keys: &[K], values: &[V]) -> Result<(), Refused> {
         if let ([key], [value]) = (keys, values) {
-            return self.put(key, value).map_err(|source| BatchError { done: 0, source });
+            return self.put(key, value).map_err(|source| Refused { done: 0, source });
         }
         let mut done = 0;
         for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
-            sys::map_update_batch(self.fd.as_fd(), keys, values).map_err(|(more, source)| BatchError {
+            sys::map_update_batch(self.fd.as_fd(), keys, values).map_err(|(more, source)| Refused {
                 done: done + more,
                 source: self.refused(source),
             })?;
@@ -228,7 +205,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     /// Removes keys; those that are not there are passed over.
-    pub(super) fn remove_all(&self, keys: &[K]) -> Result<(), BatchError> {
+    pub(super) fn remove_all(&self, keys: &[K]) -> Result<(), Refused> {
         let mut done = 0;
         while done < keys.len() {
             let batch = &keys[done..keys.len().min(done + BATCH)];
@@ -237,7 +214,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
                 // The batch ends at a key that is not there.
                 Err((before, source)) if source.raw_os_error() == Some(libc::ENOENT) => done += before + 1,
                 Err((before, source)) => {
-                    return Err(BatchError {
+                    return Err(Refused {
                         done: done + before,
                         source: self.refused(source),
                     });
@@ -335,47 +312,113 @@ impl KernelMaps {
 }
 
 impl Maps for KernelMaps {
-    fn write_config(&mut self, config: &Config) -> Result<(), Error> {
-        self.config.put(&0, config)
+    fn apply(&mut self, ops: &[&Op]) -> Result<(), Refused> {
+        let mut done = 0;
+        for run in ops.chunk_by(|a, b| std::mem::discriminant(*a) == std::mem::discriminant(*b)) {
+            self.apply_run(run).map_err(|refused| Refused { done: done + refused.done, ..refused })?;
+            done += run.len();
+        }
+        Ok(())
+    }
+}
+
+impl KernelMaps {
+    /// Operations of one kind: those on hashes go to the kernel together.
+    fn apply_run(&self, ops: &[&Op]) -> Result<(), Refused> {
+        match ops[0] {
+            Op::PutFrontend { .. } => {
+                let (keys, values): (Vec<_>, Vec<_>) = ops.iter().filter_map(|op| frontend_entry(op)).unzip();
+                self.frontends.put_all(&keys, &values)
+            }
+            Op::PutAddress { .. } => self.put_addresses(ops),
+            Op::DeleteFrontend { .. } => {
+                let keys: Vec<_> = ops.iter().filter_map(|op| frontend_key(op)).collect();
+                self.frontends.remove_all(&keys)
+            }
+            Op::DeleteAddress { .. } => {
+                let keys: Vec<_> = ops.iter().filter_map(|op| address_key(op)).collect();
+                self.addresses.remove_all(&keys)
+            }
+            _ => each(ops, |op| self.apply_one(op)),
+        }
     }
 
-    fn write_ports(&mut self, word: u32, ports: PortWord) -> Result<(), Error> {
-        self.ports.put(&word, &ports)
+    fn apply_one(&self, op: &Op) -> Result<(), Error> {
+        match op {
+            Op::PutCidrs(cidrs) => self.put_cidrs(cidrs),
+            Op::PutName { id, name } => self.names.put(&id.0, &name.record()),
+            Op::PutBackend { id, record } => self.write_backend(id.0, record),
+            Op::WriteSlots { base, slots } => self.write_slots(*base, slots),
+            Op::PublishService { id, record } => self.write_service(id.0, record),
+            Op::PutFrontend { at, value } => self.frontends.put(&at.record(), value),
+            Op::DeleteFrontend { at } => self.frontends.remove(&at.record()).map(drop),
+            Op::PutAddress { addr, class, keep } => self.put_address(addr, *class, *keep),
+            Op::DeleteAddress { addr } => self.addresses.remove(addr).map(drop),
+            Op::PutPorts { index, word, keep } => self.put_ports(*index, *word, *keep),
+            Op::RetireBackend { id } => self.write_backend(id.0, &BackendRecord::ZERO),
+            Op::RetireService { id } => self.retire_service(id.0),
+        }
     }
 
-    fn put_addresses(&mut self, keys: &[Addr], values: &[AddressClass]) -> Result<(), BatchError> {
-        self.addresses.put_all(keys, values)
+    /// Classes that keep nothing go together; the others need to be read first, one by one.
+    fn put_addresses(&self, ops: &[&Op]) -> Result<(), Refused> {
+        let keeps = |op: &Op| matches!(op, Op::PutAddress { keep, .. } if *keep != 0);
+        let mut done = 0;
+        for run in ops.chunk_by(|a, b| keeps(a) == keeps(b)) {
+            let result = if keeps(run[0]) {
+                each(run, |op| self.apply_one(op))
+            } else {
+                let (keys, values): (Vec<_>, Vec<_>) = run.iter().filter_map(|op| address_entry(op)).unzip();
+                self.addresses.put_all(&keys, &values)
+            };
+            result.map_err(|refused| Refused { done: done + refused.done, ..refused })?;
+            done += run.len();
+        }
+        Ok(())
     }
 
-    fn remove_addresses(&mut self, keys: &[Addr]) -> Result<(), BatchError> {
-        self.addresses.remove_all(keys)
+    /// A flag that a program sets between the look-up and the write is lost; it sets it again with the next such flow.
+    fn put_address(&self, addr: &Addr, class: AddressClass, keep: u32) -> Result<(), Error> {
+        let kept = if keep == 0 { 0 } else { self.addresses.get(addr)?.map_or(0, |old| old.flags & keep) };
+        self.addresses.put(addr, &AddressClass { flags: class.flags | kept })
     }
 
-    fn put_frontends(&mut self, keys: &[FrontendKey], values: &[FrontendValue]) -> Result<(), BatchError> {
-        self.frontends.put_all(keys, values)
+    fn put_ports(&self, index: u32, word: PortWord, keep: u64) -> Result<(), Error> {
+        let kept = if keep == 0 { 0 } else { self.ports.get(&index)?.map_or(0, |old| old.bits & keep) };
+        self.ports.put(&index, &PortWord { bits: word.bits | kept })
     }
 
-    fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), BatchError> {
-        self.frontends.remove_all(keys)
+    fn put_cidrs(&self, cidrs: &Cidrs) -> Result<(), Error> {
+        let mut config = self.config()?;
+        (config.service_cidrs, config.service_cidr_count) = cidr_list(&cidrs.service);
+        (config.cluster_cidrs, config.cluster_cidr_count) = cidr_list(&cidrs.cluster);
+        (config.pod_cidrs, config.pod_cidr_count) = cidr_list(&cidrs.pod);
+        self.config.put(&0, &config)
     }
 
-    fn put_names(&mut self, keys: &[u32], values: &[ServiceName]) -> Result<(), BatchError> {
-        self.names.put_all(keys, values)
+    /// The configuration of the programs.
+    pub fn config(&self) -> Result<Config, Error> {
+        Ok(self.config.get(&0)?.unwrap_or(Config::ZERO))
     }
 
-    fn remove_names(&mut self, keys: &[u32]) -> Result<(), BatchError> {
-        self.names.remove_all(keys)
+    /// Replaces what this node's own facts fix in the configuration; prefixes and the hash key stay.
+    pub fn write_node_config(&self, node: &NodeConfig) -> Result<(), Error> {
+        let mut config = self.config()?;
+        if config.hash_key == [0; 2] {
+            config.hash_key = node.new_hash_key;
+        }
+        config.node_netns = node.netns;
+        config.flags = node.flags;
+        (config.snat_first, config.snat_last) = (node.snat.0.0, node.snat.1.0);
+        (config.local_first, config.local_last) = (node.local.0.0, node.local.1.0);
+        self.config.put(&0, &config)
     }
 
-    fn reset_counters(&mut self, service: u32) -> Result<(), Error> {
-        self.counters.put(service, &ServiceCounters::ZERO)
-    }
-
-    fn write_backend(&mut self, id: u32, record: &BackendRecord) -> Result<(), Error> {
+    /// The state becomes visible last, and a changed address is never seen with a live state.
+    fn write_backend(&self, id: u32, record: &BackendRecord) -> Result<(), Error> {
         let words = self.backends.at(id)?;
         let [first, second, last] = to_words::<_, 3>(record);
         if (words[0].load(Ordering::Relaxed), words[1].load(Ordering::Relaxed)) != (first, second) {
-            // A reader must not see the new address with the old state.
             words[2].store(0, Ordering::Release);
             words[0].store(first, Ordering::Release);
             words[1].store(second, Ordering::Release);
@@ -384,7 +427,7 @@ impl Maps for KernelMaps {
         Ok(())
     }
 
-    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), Error> {
+    fn write_slots(&self, base: u32, slots: &[Slot]) -> Result<(), Error> {
         for (position, slot) in (base..).zip(slots) {
             let [word] = to_words::<_, 1>(slot);
             self.slots.at(position)?[0].store(word, Ordering::Relaxed);
@@ -392,7 +435,8 @@ impl Maps for KernelMaps {
         Ok(())
     }
 
-    fn write_service(&mut self, id: u32, record: &ServiceRecord) -> Result<(), Error> {
+    /// Each set changes at once, after all slots written before.
+    fn write_service(&self, id: u32, record: &ServiceRecord) -> Result<(), Error> {
         let words = self.services.at(id)?;
         let [cluster, local, affinity] = to_words::<_, 3>(record);
         words[2].store(affinity, Ordering::Release);
@@ -401,13 +445,66 @@ impl Maps for KernelMaps {
         Ok(())
     }
 
-    fn wait_for_programs(&mut self) {
-        wait_for_programs();
+    /// The next service with this id starts with zero counters.
+    fn retire_service(&self, id: u32) -> Result<(), Error> {
+        self.write_service(id, &ServiceRecord::ZERO)?;
+        self.counters.put(id, &ServiceCounters::ZERO)?;
+        self.names.remove(&id).map(drop)
     }
 }
 
-/// Waits until no program can still read what was replaced.
-fn wait_for_programs() {
+/// What of the configuration record this node fixes by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct NodeConfig {
+    /// Random; used only where no key is stored yet, so that picks are the same after a restart.
+    pub new_hash_key: [u64; 2],
+    /// SO_NETNS_COOKIE of the node's network namespace.
+    pub netns: u64,
+    /// Flags of [`Config`].
+    pub flags: u32,
+    /// First and last port of rewritten sources.
+    pub snat: (Port, Port),
+    /// First and last port that the kernel gives to local sockets.
+    pub local: (Port, Port),
+}
+
+fn each(ops: &[&Op], mut apply: impl FnMut(&Op) -> Result<(), Error>) -> Result<(), Refused> {
+    for (done, op) in ops.iter().enumerate() {
+        apply(op).map_err(|source| Refused { done, source })?;
+    }
+    Ok(())
+}
+
+fn frontend_entry(op: &Op) -> Option<(FrontendKey, FrontendValue)> {
+    let Op::PutFrontend { at, value } = op else { return None };
+    Some((at.record(), *value))
+}
+
+fn frontend_key(op: &Op) -> Option<FrontendKey> {
+    let Op::DeleteFrontend { at } = op else { return None };
+    Some(at.record())
+}
+
+fn address_entry(op: &Op) -> Option<(Addr, AddressClass)> {
+    let Op::PutAddress { addr, class, .. } = op else { return None };
+    Some((*addr, *class))
+}
+
+fn address_key(op: &Op) -> Option<Addr> {
+    let Op::DeleteAddress { addr } = op else { return None };
+    Some(*addr)
+}
+
+/// A list as the record holds it; what does not fit is the planner's affair.
+fn cidr_list(cidrs: &[Cidr]) -> ([Cidr; MAX_CIDRS], u8) {
+    let mut list = [Cidr::ZERO; MAX_CIDRS];
+    let count = cidrs.len().min(MAX_CIDRS);
+    list[..count].copy_from_slice(&cidrs[..count]);
+    (list, count as u8)
+}
+
+/// Waits until no program can still read what was replaced before the call. Blocks for some milliseconds.
+pub fn wait_for_programs() {
     /// Far above any RCU grace period of a machine that works; programs run for microseconds.
     const PATIENCE: Duration = Duration::from_millis(100);
     if let Err(error) = sys::wait_for_programs() {

@@ -5,6 +5,7 @@
 //!   v1/MAP                every map, by name; the layout version is part of the path
 //!   links/cgroup/PROGRAM
 //!   links/tcx/COOKIE-IFINDEX-HOOK    COOKIE: network namespace
+//!   notes/NOTE            what cleanup has to undo besides
 //! ```
 //! Links lie outside the layout's directory: they stay when a new layout takes over, only the programs behind them change.
 //! Programs are not pinned: a link holds its program, and what the command line wants of one it reaches through the link.
@@ -55,8 +56,11 @@ pub struct Lock {
     _directory: File,
 }
 
-/// Left in a directory on which we mounted a file system, so that `shunt cleanup` unmounts that one and no other.
-const MOUNT_MARK: &str = "mounted-by-shunt";
+/// Directory of the notes.
+const NOTES: &str = "notes";
+
+/// Noted when we mounted the file system ourselves, so that `shunt cleanup` unmounts that one and no other.
+const MOUNT_NOTE: &str = "mounted-by-shunt";
 
 impl Pins {
     /// Names below `base`.
@@ -117,7 +121,7 @@ impl Pins {
         sys::mount_bpffs(&mount_point).map_err(at("mount a bpf file system on", &mount_point))?;
         create_directory(&self.base)?;
         if mount_point == self.base {
-            create_directory(&self.base.join(MOUNT_MARK))?;
+            self.mark(MOUNT_NOTE)?;
         }
         Ok(())
     }
@@ -134,12 +138,29 @@ impl Pins {
         for directory in ["links/cgroup", "links/tcx", "links"] {
             remove_directory(&self.base.join(directory))?;
         }
-        let mark = self.base.join(MOUNT_MARK);
-        if mark.is_dir() && is_mount_point(&self.base) {
-            remove_directory(&mark)?;
+        let is_our_mount = self.marks()?.iter().any(|note| note == MOUNT_NOTE) && is_mount_point(&self.base);
+        self.unmark(MOUNT_NOTE)?;
+        remove_directory(&self.base.join(NOTES))?;
+        if is_our_mount {
             return sys::unmount(&self.base).map_err(at("unmount", &self.base));
         }
-        remove_directory(&self.base)
+        if is_mount_point(&self.base) { Ok(()) } else { remove_directory(&self.base) }
+    }
+
+    /// Leaves a note for a later agent or for `shunt cleanup`: an empty directory, the only thing besides pins that a BPF
+    /// file system can hold.
+    pub fn mark(&self, note: &str) -> Result<(), Error> {
+        create_directory(&self.base.join(NOTES).join(note))
+    }
+
+    /// All notes.
+    pub fn marks(&self) -> Result<Vec<String>, Error> {
+        Ok(list(&self.base.join(NOTES))?.iter().filter_map(|path| file_name(path)).map(str::to_owned).collect())
+    }
+
+    /// Removes a note.
+    pub fn unmark(&self, note: &str) -> Result<(), Error> {
+        remove_directory(&self.base.join(NOTES).join(note))
     }
 
     /// Directories of layouts, whatever their version.
