@@ -53,8 +53,8 @@ pub const NEEDS: [Need; 9] = [
     Need::Program("nsenter", "util-linux"),
 ];
 
-/// The suite that wants the real Kubernetes control plane.
-const CONTROL_PLANE_SUITE: &str = "control-plane";
+/// How the names of the suites begin that want the real Kubernetes control plane.
+const CONTROL_PLANE_SUITES: &str = "control-plane";
 
 /// Runs the tests; the last line printed holds the counts.
 ///
@@ -128,7 +128,7 @@ fn run_suites(runner: &Runner, suites: &[TestBinary], report: &mut Report) -> Re
 /// The variables a suite wants, or why it cannot be run here.
 fn suite_env(suite: &TestBinary) -> Result<Result<Vec<(&'static str, String)>, String>> {
     let mut env = suite_vars();
-    if suite.target == CONTROL_PLANE_SUITE {
+    if suite.target.starts_with(CONTROL_PLANE_SUITES) {
         match control_plane::ensure()? {
             Availability::Ready { bin_dir } => env.push(("SHUNT_CONTROL_PLANE_BIN", bin_dir.display().to_string())),
             Availability::Missing { why } => return Ok(Err(why)),
