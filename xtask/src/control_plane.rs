@@ -4,11 +4,18 @@
 //! leaves a stamp of all that went into it beside itself; nothing is run when every stamp still holds. May touch: `target/control-plane`,
 //! Go and its caches.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context as _, Result};
+
+use crate::{
+    run::{Cmd, say},
+    workspace,
+};
 
 /// The oldest Go that compiles these versions; `go.mod` asks for it.
 const OLDEST_GO: (u32, u32) = (1, 26);
@@ -54,7 +61,7 @@ const BINARIES: [Binary; 5] = [
 /// Missing means that Go, or the way to the Go module proxy, is not there. The first build takes some ten minutes on two cores, later ones
 /// come from Go's cache. Errors: a compile that fails although its sources are here, or a directory that cannot be written.
 pub fn ensure() -> Result<Availability> {
-    let bin_dir = target_dir().join("control-plane/bin");
+    let bin_dir = workspace::target().join("control-plane/bin");
     fs::create_dir_all(&bin_dir).with_context(|| format!("cannot create {}", bin_dir.display()))?;
     let mut outdated = Vec::new();
     for binary in &BINARIES {
@@ -70,6 +77,7 @@ pub fn ensure() -> Result<Availability> {
         Ok(go) => go,
         Err(why) => return Ok(Availability::Missing { why }),
     };
+    say("building the control plane of the tests; the first time takes some minutes");
     for (binary, stamp) in &outdated {
         if let Err(why) = download(&go, binary) {
             return Ok(Availability::Missing { why });
@@ -98,28 +106,18 @@ fn is_built(bin_dir: &Path, binary: &Binary, stamp: &str) -> bool {
 
 /// Fetches the sources, or says why they cannot be had. Does nothing when they are in Go's cache.
 fn download(go: &Path, binary: &Binary) -> Result<(), String> {
-    let mut command = go_command(go, binary);
-    command.args(["list", "-deps", "-f", "{{.ImportPath}}", binary.package]);
-    println!("+ {command:?}");
-    let output = command.output().map_err(|error| format!("cannot run {}: {error}", go.display()))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let reason = String::from_utf8_lossy(&output.stderr);
-    let last = reason.lines().last().unwrap_or("go said nothing").to_owned();
-    Err(format!("the sources of {} cannot be had from the Go module proxy (GOPROXY): {last}", binary.name))
+    let list = go_cmd(go, binary).args(["list", "-deps", binary.package]).stdout(Stdio::null());
+    let why =
+        |error| format!("the sources of {} cannot be had from the Go module proxy (GOPROXY): {error:#}", binary.name);
+    list.run().map_err(why)
 }
 
 fn build(go: &Path, binary: &Binary, bin_dir: &Path) -> Result<()> {
     let go_mod = fs::read_to_string(module_dir(binary).join("go.mod"))?;
-    let mut command = go_command(go, binary);
     // -trimpath and no VCS stamp: the same bytes wherever the checkout lies.
-    command.args(["build", "-trimpath", "-buildvcs=false", "-ldflags", &ldflags(binary, &go_mod)?, "-o"]);
-    command.arg(bin_dir.join(binary.name)).arg(binary.package);
-    println!("+ {command:?}");
-    let status = command.status().with_context(|| format!("cannot run {}", go.display()))?;
-    ensure!(status.success(), "{command:?} failed: {status}");
-    Ok(())
+    let build =
+        go_cmd(go, binary).args(["build", "-trimpath", "-buildvcs=false", "-ldflags", &ldflags(binary, &go_mod)?]);
+    build.arg("-o").arg(bin_dir.join(binary.name)).arg(binary.package).run()
 }
 
 /// Linker flags: no symbols, and for Kubernetes the version that its own release build stamps in (it decides what the server says it is).
@@ -144,39 +142,27 @@ fn required_version<'a>(go_mod: &'a str, module: &str) -> Option<&'a str> {
     })
 }
 
-fn go_command(go: &Path, binary: &Binary) -> Command {
-    let mut command = Command::new(go);
-    command.current_dir(module_dir(binary));
+fn go_cmd(go: &Path, binary: &Binary) -> Cmd {
     // GOTOOLCHAIN: never fetch another compiler. Read only: the committed checksums are the truth, not a file to be mended.
-    command.env("GOTOOLCHAIN", "local").env("GOFLAGS", "-mod=readonly").env("GOWORK", "off").env("CGO_ENABLED", "0");
-    command
+    let cmd = Cmd::new(go).dir(module_dir(binary)).env("GOTOOLCHAIN", "local").env("GOFLAGS", "-mod=readonly");
+    cmd.env("CGO_ENABLED", "0").env_quietly("GOWORK", "off")
 }
 
 /// Go on the path or where its own installer puts it (sudo often drops that from the path), or what to do to get it.
 fn find_go() -> Result<PathBuf, String> {
-    let (major, minor) = OLDEST_GO;
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let candidates =
-        std::env::split_paths(&path).map(|dir| dir.join("go")).chain([PathBuf::from("/usr/local/go/bin/go")]);
-    let mut found = None;
-    for go in candidates.filter(|go| go.is_file()) {
-        let Some(version) = go_version(&go) else { continue };
-        if version >= OLDEST_GO {
-            return Ok(go);
-        }
-        found = Some((go, version));
-    }
-    Err(match found {
-        Some((go, (a, b))) => {
-            format!("{} is Go {a}.{b}; Go {major}.{minor} or newer is needed: https://go.dev/dl", go.display())
-        }
-        None => format!("Go {major}.{minor} or newer is needed: https://go.dev/dl"),
+    let dirs = std::env::split_paths(&path).chain([PathBuf::from("/usr/local/go/bin")]);
+    let found: Vec<_> = dirs.map(|dir| dir.join("go")).filter(|go| go.is_file()).collect();
+    let is_new_enough = |go: &&PathBuf| go_version(go).is_some_and(|version| version >= OLDEST_GO);
+    found.iter().find(is_new_enough).cloned().ok_or_else(|| {
+        let (major, minor) = OLDEST_GO;
+        let have = found.first().map(|go| format!("{} is older: ", go.display())).unwrap_or_default();
+        format!("{have}Go {major}.{minor} or newer is needed, from https://go.dev/dl or the distribution")
     })
 }
 
 fn go_version(go: &Path) -> Option<(u32, u32)> {
-    let output = Command::new(go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").output().ok()?;
-    parse_go_version(&String::from_utf8(output.stdout).ok()?)
+    parse_go_version(&Cmd::new(go).args(["env", "GOVERSION"]).env_quietly("GOTOOLCHAIN", "local").read().ok()?)
 }
 
 /// Major and minor number of a line such as `go1.26.8` or `go1.27rc1`.
@@ -186,19 +172,11 @@ fn parse_go_version(line: &str) -> Option<(u32, u32)> {
 }
 
 fn module_dir(binary: &Binary) -> PathBuf {
-    root_dir().join("tests/control-plane-go").join(binary.module)
+    workspace::root().join("tests/control-plane-go").join(binary.module)
 }
 
 fn stamp_path(bin_dir: &Path, binary: &Binary) -> PathBuf {
     bin_dir.join(format!("{}.stamp", binary.name))
-}
-
-fn target_dir() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root_dir().join("target"), PathBuf::from)
-}
-
-fn root_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies inside the repository").to_owned()
 }
 
 #[cfg(test)]
