@@ -20,23 +20,37 @@ pub const NEEDS: [Need; 3] = [
     Need::Component("cargo-clippy", "clippy"),
 ];
 
-/// Everything holds when this returns. Errors: the first check that does not.
+/// Everything holds when this returns. Errors: the checks that do not; each has said why by then.
 pub fn run() -> Result<()> {
     need::ensure(&NEEDS)?;
     let toolchain = toolchain::ensure(Choice::Auto)?;
+    let mut failed = Vec::new();
+    let mut check = |name: &str, result: Result<()>| {
+        if let Err(error) = result {
+            eprintln!("error: {error:#}");
+            failed.push(name.to_owned());
+        }
+    };
     let format = "`cargo fmt --all` and `cargo fmt --manifest-path proxy-ebpf/Cargo.toml` put it right";
-    cargo(["fmt", "--all", "--check"]).hint(format).run()?;
-    cargo(["fmt", "--manifest-path", "proxy-ebpf/Cargo.toml", "--check"]).hint(format).run()?;
-    refuse("source rules", source_rule::breaches(&workspace::root())?)?;
-
+    let ebpf = "proxy-ebpf/Cargo.toml";
+    check("format", cargo(["fmt", "--all", "--check", "--", "-l"]).hint(format).run());
+    check("format of proxy-ebpf", cargo(["fmt", "--manifest-path", ebpf, "--check", "--", "-l"]).hint(format).run());
+    check("source rules", source_rule::breaches(&workspace::root()).and_then(|found| refuse("source rules", found)));
     // The agent's crate embeds the object, so it comes before clippy.
-    build::object(&toolchain)?;
-    let object = std::fs::read(workspace::bpf_object()).context("cannot read the BPF object")?;
-    refuse("the BPF object", object_file::complaints(&object)?)?;
-    toolchain.lint()?.hint("the compiler's message above says why").run()?;
-    cargo(["clippy", "--workspace", "--all-targets", "--features", "xtask/loader", "--", "-D", "warnings"]).run()?;
+    check("the BPF object", build::object(&toolchain).and_then(|()| check_object()));
+    check("clippy on proxy-ebpf", toolchain.lint()?.run());
+    // The feature, so that all of xtask is looked at.
+    let features = ["--workspace", "--all-targets", "--features", "xtask/loader"];
+    let clippy = cargo(["clippy"]).args(features).args(["--", "-D", "warnings"]);
+    check("clippy", clippy.run());
+    refuse("lint failed", failed)?;
     run::say("lint: all well");
     Ok(())
+}
+
+fn check_object() -> Result<()> {
+    let object = std::fs::read(workspace::bpf_object()).context("cannot read the BPF object")?;
+    refuse("the BPF object", object_file::complaints(&object)?)
 }
 
 fn cargo<const N: usize>(args: [&str; N]) -> Cmd {
