@@ -55,6 +55,8 @@ pub struct Names {
     packages: Vec<String>,
     suites: Vec<String>,
     libraries: Vec<String>,
+    /// Source file and name of the programs of the suites' package.
+    programs: Vec<(String, String)>,
 }
 
 impl Names {
@@ -63,6 +65,12 @@ impl Names {
         let metadata =
             Cmd::new("cargo").args(["metadata", "--no-deps", "--format-version", "1"]).dir(workspace::root());
         Ok(parse_metadata(&serde_json::from_str(&metadata.read()?).context("cargo metadata printed no JSON")?))
+    }
+
+    /// The name of the program that is made from the file `source`.rs of the suites' package.
+    pub fn program(&self, source: &str) -> Option<String> {
+        let end = format!("/{source}.rs");
+        self.programs.iter().find(|(path, _)| path.ends_with(&end)).map(|(_, name)| name.clone())
     }
 
     /// The packages with documentation tests among the selected.
@@ -101,6 +109,8 @@ fn parse_metadata(metadata: &Value) -> Names {
             let is_suite = package_name == SUITES_PACKAGE && has_kind(target, "test");
             if is_suite {
                 names.suites.push(text(&target["name"]));
+            } else if package_name == SUITES_PACKAGE && has_kind(target, "bin") {
+                names.programs.push((text(&target["src_path"]), text(&target["name"])));
             } else if has_kind(target, "lib") && target["doctest"] == true {
                 names.libraries.push(package_name.clone());
             }
@@ -174,7 +184,7 @@ mod tests {
             { "name": "proxy-common", "targets": [{ "name": "proxy_common", "kind": ["lib"], "doctest": true }] },
             { "name": "shunt-tests", "targets": [
                 { "name": "shunt_tests", "kind": ["lib"], "doctest": true },
-                { "name": "demo", "kind": ["bin"], "doctest": false },
+                { "name": "shunt-demo", "kind": ["bin"], "src_path": "/src/tests/src/bin/demo.rs", "doctest": false },
                 { "name": "lifetime", "kind": ["test"], "doctest": false },
             ] },
         ] }))
@@ -189,6 +199,12 @@ mod tests {
         assert_eq!(select(false, Some("proxy-common")), Selection::Package("proxy-common".into()));
         assert_eq!(select(true, Some("demo")), Selection::Filter("demo".into()));
         assert!(names().select(true, Some("lifetime")).is_err());
+    }
+
+    #[test]
+    fn programs_are_known_by_their_source() {
+        assert_eq!(names().program("demo").as_deref(), Some("shunt-demo"));
+        assert_eq!(names().program("bench"), None);
     }
 
     #[test]

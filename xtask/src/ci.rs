@@ -8,14 +8,12 @@ use crate::{lint, test, verify};
 ///
 /// Errors: one of them failed, which has been reported by then.
 pub fn run() -> Result<()> {
-    let stages: [(&str, fn() -> Result<()>); 2] =
-        [("cargo xtask lint", lint::run), ("cargo xtask verify", verify::run)];
-    let mut failed = Vec::new();
-    for (name, stage) in stages {
-        if let Err(error) = stage() {
-            eprintln!("error: {error:#}");
-            failed.push(name.to_owned());
+    let mut failed_before = Vec::new();
+    for (name, result) in [("cargo xtask lint", lint::run()), ("cargo xtask verify", verify::run())] {
+        if let Err(error) = result {
+            eprintln!("error: {name}: {error:#}");
+            failed_before.push(name.to_owned());
         }
     }
-    test::run(&test::Args { failed_before: failed, ..Default::default() })
+    test::run(&test::Args { failed_before, ..Default::default() })
 }

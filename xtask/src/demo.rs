@@ -1,8 +1,8 @@
 //! `cargo xtask demo`: builds and runs the demo of the package shunt-tests as root, in namespaces that it makes itself.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
-use crate::{build, need, privilege, run::Cmd, test, workspace};
+use crate::{build, cargo_test::Names, privilege, run::Cmd, test, workspace};
 
 /// Arguments of `demo`.
 #[derive(Debug, clap::Args)]
@@ -17,12 +17,16 @@ pub fn run(args: &Args) -> Result<()> {
     run_tests_binary("demo", &args.args)
 }
 
-/// Builds the agent and a program of the package shunt-tests, and runs that as root.
-pub fn run_tests_binary(name: &str, args: &[String]) -> Result<()> {
-    privilege::ensure("cargo xtask test --unit")?;
-    need::ensure(&test::NEEDS)?;
+/// Builds the agent and the package shunt-tests, and runs the latter's program `tests/src/bin/SOURCE.rs` as root.
+pub fn run_tests_binary(source: &str, args: &[String]) -> Result<()> {
+    test::ensure_suites_can_run()?;
     build::run(&build::Args::default())?;
-    let build = Cmd::new("cargo").args(["build", "--release", "--package", "shunt-tests", "--bin", name]);
-    build.dir(workspace::root()).run()?;
+    let missing = || format!("there is no tests/src/bin/{source}.rs yet");
+    let name = Names::look()?.program(source).with_context(missing)?;
+    // All its programs: servers and clients of the harness lie beside the one that starts them.
+    Cmd::new("cargo")
+        .args(["build", "--release", "--package", "shunt-tests", "--bins"])
+        .dir(workspace::root())
+        .run()?;
     privilege::as_root(&workspace::target().join("release").join(name), test::suite_vars()).args(args).run()
 }

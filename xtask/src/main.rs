@@ -16,6 +16,7 @@ mod demo;
 mod leftover;
 mod libtest;
 mod lint;
+mod machine;
 mod namespace;
 mod need;
 mod object_file;

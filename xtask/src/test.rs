@@ -14,6 +14,7 @@ use crate::{
     control_plane::{self, Availability},
     leftover,
     libtest::{self, Counts, Outcome},
+    machine,
     need::{self, Need},
     privilege,
     run::Cmd,
@@ -100,11 +101,17 @@ fn prepare(selection: &Selection) -> Result<()> {
         Selection::Package(name) if name == "proxy-common" || name == "xtask" => Ok(()),
         Selection::Unit | Selection::Package(_) => build::object(&toolchain::ensure(Choice::Auto)?),
         Selection::All | Selection::Suite(_) | Selection::Filter(_) => {
-            privilege::ensure("cargo xtask test --unit")?;
-            need::ensure(&NEEDS)?;
+            ensure_suites_can_run()?;
             build::run(&build::Args::default())
         }
     }
+}
+
+/// Everything is there that suites, demo and measurements run.
+pub fn ensure_suites_can_run() -> Result<()> {
+    privilege::ensure("cargo xtask test --unit")?;
+    machine::ensure()?;
+    need::ensure(&NEEDS)
 }
 
 fn run_suites(runner: &Runner, suites: &[TestBinary], report: &mut Report) -> Result<()> {
