@@ -3,8 +3,10 @@
 use std::net::Ipv6Addr;
 
 use shunt_tests::bed::Bed;
-use shunt_tests::control_plane::{ControlPlane, Error, Identity, Kind, Options, Part};
+use shunt_tests::control_plane::{ControlPlane, Error, Identity, Kind, KubeProxyMode, Options, Part};
 use shunt_tests::netns::Netns;
+use shunt_tests::place::Place;
+use shunt_tests::process::Process;
 use shunt_tests::wait::{until, until_some};
 
 use crate::rig::{Rig, deployment, endpoints, service};
@@ -25,6 +27,32 @@ fn kube_proxy_has_its_stock_role_and_no_more() {
     }
     let error = proxy.create(&service()).expect_err("the role is to read");
     assert!(error.is_code(403), "{error}");
+}
+
+#[test]
+fn real_kube_proxy_programs_the_ready_endpoints() {
+    let rig = Rig::new();
+    rig.api().create(&service()).expect("the service is accepted");
+    rig.api().create(&deployment(1, "1")).expect("the deployment is accepted");
+    let address = until_some("a ready endpoint", || {
+        let found = endpoints(rig.api());
+        found.iter().find(|endpoint| endpoint.ready && endpoint.address.is_ipv4()).map(|endpoint| endpoint.address)
+    });
+    // The port stands behind the address in both; in nftables with a dot between.
+    let cases: [(KubeProxyMode, &[&str], String); 2] = [
+        (KubeProxyMode::Nftables, &["nft", "list", "ruleset"], format!("{address} . 8080")),
+        (KubeProxyMode::Iptables, &["iptables-save"], format!("--to-destination {address}:8080")),
+    ];
+    let place = Place::new("node", rig.plane.ns().clone(), None);
+    for (mode, list_rules, wanted) in cases {
+        let kube_proxy = Process::start("kube-proxy", rig.plane.kube_proxy(&place, "node-a", mode));
+        let rules = || {
+            let mut list = place.command(list_rules[0]);
+            list.args(&list_rules[1..]);
+            place.ns().feed(list, "")
+        };
+        until(&format!("{wanted} in the rules of kube-proxy {}", kube_proxy.id()), || rules().contains(&wanted));
+    }
 }
 
 #[test]

@@ -30,7 +30,8 @@ pub use watch::{Event, Stopper, Watch};
 
 use crate::bed::Bed;
 use crate::netns::Netns;
-use crate::process::Process;
+use crate::place::Place;
+use crate::process::{Command, Process};
 use crate::wait;
 
 use credentials::Credentials;
@@ -88,6 +89,24 @@ impl Part {
             Self::Etcd => "etcd",
             Self::ApiServer => "kube-apiserver",
             Self::ControllerManager => "kube-controller-manager",
+        }
+    }
+}
+
+/// How kube-proxy does its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KubeProxyMode {
+    /// nftables rules.
+    Nftables,
+    /// iptables rules.
+    Iptables,
+}
+
+impl KubeProxyMode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
         }
     }
 }
@@ -156,6 +175,23 @@ impl ControlPlane {
         path
     }
 
+    /// A command that runs the real kube-proxy at `place`, for the node of that name; callers may add flags (the pods' range
+    /// as `--cluster-cidr`, other ports than 10249 and 10256).
+    #[track_caller]
+    pub fn kube_proxy(&self, place: &Place, node: &str, mode: KubeProxyMode) -> Command {
+        let mut command = place.command(self.binary("kube-proxy"));
+        command.args([
+            flag("kubeconfig", self.kubeconfig(Identity::KubeProxy).display()),
+            flag("hostname-override", node),
+            flag("proxy-mode", mode.name()),
+            // These belong to the machine, not to the namespace.
+            flag("conntrack-max-per-core", 0),
+            flag("conntrack-tcp-timeout-established", "0s"),
+            flag("conntrack-tcp-timeout-close-wait", "0s"),
+        ]);
+        command
+    }
+
     /// Kills a part; its connections break. Does nothing if it is halted.
     pub fn halt(&self, part: Part) {
         self.processes()[part as usize] = None;
@@ -199,7 +235,7 @@ impl ControlPlane {
         Part::ALL.into_iter().for_each(|part| self.resume(part));
     }
 
-    fn command(&self, part: Part) -> crate::process::Command {
+    fn command(&self, part: Part) -> Command {
         let mut command = self.ns.command(self.binary(part.program()));
         command.current_dir(&self.dir);
         command.args(match part {
