@@ -1,0 +1,503 @@
+//! The reference NAT: what must come out of a node's hooks for a packet, in plain words, slow and obvious.
+//!
+//! Written apart from `proxy-common`, after the design alone: at ingress only the destination changes (and the client's
+//! port, if another flow has the tuple), at egress only the source (and the client's port back). So the node's own stack sees one
+//! plain flow between client and backend. ICMP errors are translated as the packet they quote was, backwards.
+//!
+//! What is a matter of choice (the backend, a free port) is read from what the real program did, and checked to be allowed.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+
+use crate::packet::{Body, Error, Packet, error, flag};
+
+/// An address prefix.
+#[derive(Clone, Copy, Debug)]
+pub struct Prefix {
+    /// First address.
+    pub first: IpAddr,
+    /// Leading bits that count.
+    pub bits: u8,
+}
+
+impl Prefix {
+    /// True if `addr` lies in it.
+    pub fn contains(&self, addr: IpAddr) -> bool {
+        let bits = |addr: IpAddr| match addr {
+            IpAddr::V4(v4) => u128::from(v4.to_bits()) << 96,
+            IpAddr::V6(v6) => v6.to_bits(),
+        };
+        let differ = bits(self.first) ^ bits(addr);
+        self.first.is_ipv4() == addr.is_ipv4() && differ.leading_zeros() >= u32::from(self.bits)
+    }
+}
+
+/// What the hooks know about their node.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// `--cluster-cidr`.
+    pub cluster: Vec<Prefix>,
+    /// Pod addresses of this node.
+    pub pods: Vec<Prefix>,
+    /// ServiceCIDRs.
+    pub services: Vec<Prefix>,
+    /// Addresses of this node; NodePorts answer on all of them. The first of each family is the source towards others.
+    pub node: Vec<IpAddr>,
+    /// `--snat-ports`.
+    pub snat_ports: RangeInclusive<u16>,
+    /// `net.ipv4.ip_local_port_range`.
+    pub local_ports: RangeInclusive<u16>,
+}
+
+/// One port of a service.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// Protocol number of TCP or UDP.
+    pub proto: u8,
+    /// What clients dial.
+    pub frontends: Vec<Frontend>,
+    /// Endpoints anywhere.
+    pub cluster: Set,
+    /// Endpoints on this node.
+    pub local: Set,
+}
+
+/// What clients dial.
+#[derive(Clone, Copy, Debug)]
+pub struct Frontend {
+    /// An address and port, or the port on every address of the node.
+    pub at: At,
+    /// A ClusterIP.
+    pub is_cluster_ip: bool,
+    /// Clients inside the cluster get the local set.
+    pub is_local_inside: bool,
+    /// Clients outside get the local set.
+    pub is_local_outside: bool,
+}
+
+/// Where a frontend is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// At one address.
+    Addr(SocketAddr),
+    /// At every address of the node.
+    NodePort(u16),
+}
+
+/// Endpoints that may be picked, or what happens instead.
+#[derive(Clone, Debug)]
+pub enum Set {
+    /// One of these; more than none.
+    Of(Vec<Backend>),
+    /// None anywhere: an answer says so.
+    Reject,
+    /// None for this client, but others have some: no answer.
+    Drop,
+}
+
+/// A backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// It runs on this node.
+    pub is_local: bool,
+}
+
+/// What must come out of a hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// The packet as it went in.
+    Same,
+    /// This packet instead.
+    Packet(Box<Packet>),
+    /// Nothing.
+    Drop,
+    /// An answer to the sender instead, see [`check_answer`].
+    Reject,
+}
+
+/// A connection through a frontend.
+#[derive(Clone, Copy, Debug)]
+struct Connection {
+    proto: u8,
+    client: SocketAddr,
+    frontend: SocketAddr,
+    backend: Backend,
+    /// The client as the node's stack sees it: its port may be another.
+    seen_client: SocketAddr,
+    /// The client as the backend sees it, once a packet has left, if that is this node.
+    nat: Option<SocketAddr>,
+    wants_nat: bool,
+}
+
+impl Connection {
+    fn is_reply_to_nat(&self, proto: u8, src: SocketAddr, dst: SocketAddr) -> bool {
+        self.proto == proto && src == self.backend.addr && self.nat == Some(dst)
+    }
+
+    fn is_to_frontend(&self, proto: u8, src: SocketAddr, dst: SocketAddr) -> bool {
+        self.proto == proto && src == self.client && dst == self.frontend
+    }
+
+    fn is_plain_forward(&self, proto: u8, src: SocketAddr, dst: SocketAddr) -> bool {
+        self.proto == proto && src == self.seen_client && dst == self.backend.addr
+    }
+
+    fn is_plain_reply(&self, proto: u8, src: SocketAddr, dst: SocketAddr) -> bool {
+        self.is_plain_forward(proto, dst, src)
+    }
+}
+
+/// Which hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Hook {
+    /// tcx ingress.
+    Ingress,
+    /// tcx egress.
+    Egress,
+}
+
+/// A fragmented packet as one hook sees it.
+type FragmentKey = (Hook, IpAddr, IpAddr, u8, u32);
+
+/// Services, and the connections made so far.
+#[derive(Clone, Debug)]
+pub struct Nat {
+    facts: Facts,
+    services: Vec<Service>,
+    connections: Vec<Connection>,
+    fragments: HashMap<FragmentKey, (u16, u16)>,
+}
+
+impl Nat {
+    /// Without connections.
+    pub fn new(facts: Facts, services: Vec<Service>) -> Self {
+        Self { facts, services, connections: vec![], fragments: HashMap::new() }
+    }
+
+    /// Other services from now on; connections stay.
+    pub fn set_services(&mut self, services: Vec<Service>) {
+        self.services = services;
+    }
+
+    /// Forgets all connections and fragments.
+    pub fn forget(&mut self) {
+        self.connections.clear();
+        self.fragments.clear();
+    }
+
+    /// What must come out of `hook` for `packet`. `got` is what did come out, read for choices only; panics if a choice is
+    /// not allowed.
+    #[track_caller]
+    pub fn expect(&mut self, hook: Hook, packet: &Packet, got: &[u8]) -> Expected {
+        let got = packet.read_ends(got);
+        match &packet.body {
+            Body::Tcp(_) | Body::Udp(_) => self.transport(hook, packet, got),
+            Body::Error(error) => self.error(hook, packet, error),
+            Body::Icmp(_) | Body::Other(..) => Expected::Same,
+        }
+    }
+
+    #[track_caller]
+    fn transport(&mut self, hook: Hook, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
+        if let Some(part) = packet.part {
+            let key = (hook, packet.ip.src, packet.ip.dst, packet.proto(), part.id);
+            if part.from == 0 {
+                self.fragments.insert(key, packet.ports().expect("it has ports"));
+            } else if !self.fragments.contains_key(&key) {
+                return self.unknown_fragment(hook, packet);
+            }
+        }
+        match hook {
+            Hook::Ingress => self.ingress(packet, got),
+            Hook::Egress => self.egress(packet, got),
+        }
+    }
+
+    /// A fragment that says no ports, of a packet whose ports nobody knows.
+    fn unknown_fragment(&self, hook: Hook, packet: &Packet) -> Expected {
+        let is_frontend =
+            self.frontends().any(|(_, frontend)| matches!(frontend.at, At::Addr(at) if at.ip() == packet.ip.dst));
+        if hook == Hook::Ingress && is_frontend { Expected::Drop } else { Expected::Same }
+    }
+
+    #[track_caller]
+    fn ingress(&mut self, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
+        let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
+        if let Some(connection) = self.find(|connection| connection.is_reply_to_nat(proto, src, dst)) {
+            return changed(packet.clone().with_dst(connection.seen_client));
+        }
+        if let Some(connection) = self.find(|connection| connection.is_to_frontend(proto, src, dst)) {
+            return changed(packet.clone().with_src(connection.seen_client).with_dst(connection.backend.addr));
+        }
+        if self.find(|connection| connection.is_plain_forward(proto, src, dst)).is_some() {
+            return Expected::Same;
+        }
+        match self.frontend(proto, dst) {
+            Some((service, frontend)) => self.open(packet, &service, frontend, got),
+            None => self.no_frontend(packet),
+        }
+    }
+
+    /// A packet to a frontend that belongs to no connection.
+    #[track_caller]
+    fn open(
+        &mut self,
+        packet: &Packet,
+        service: &Service,
+        frontend: Frontend,
+        got: Option<(SocketAddr, SocketAddr)>,
+    ) -> Expected {
+        let (src, dst) = (packet.src(), packet.dst());
+        if let Body::Tcp(tcp) = &packet.body
+            && tcp.flags & (flag::SYN | flag::ACK) != flag::SYN
+        {
+            // Not the beginning of a connection: only at a ClusterIP it can be nobody else's.
+            let is_reset = tcp.flags & flag::RST != 0;
+            return match frontend.is_cluster_ip {
+                true if is_reset => Expected::Drop,
+                true => Expected::Reject,
+                false => Expected::Same,
+            };
+        }
+        let is_inside = self.is_inside(src.ip());
+        let is_local = if is_inside { frontend.is_local_inside } else { frontend.is_local_outside };
+        let backends = match if is_local { &service.local } else { &service.cluster } {
+            Set::Of(backends) => backends,
+            Set::Reject => return Expected::Reject,
+            Set::Drop => return Expected::Drop,
+        };
+        let (got_src, got_dst) = got.expect("a new connection's packet comes out");
+        let backend = backends.iter().find(|backend| backend.addr == got_dst);
+        let backend = *backend.unwrap_or_else(|| panic!("{got_dst} is no backend for {src} at {dst}: {backends:?}"));
+        self.check_seen_port(packet.proto(), src, got_src, backend);
+        let wants_nat = self.wants_nat(src.ip(), frontend, backend);
+        let seen_client = got_src;
+        let connection = Connection {
+            proto: packet.proto(),
+            client: src,
+            frontend: dst,
+            backend,
+            seen_client,
+            nat: None,
+            wants_nat,
+        };
+        self.connections.push(connection);
+        changed(packet.clone().with_src(seen_client).with_dst(backend.addr))
+    }
+
+    /// The client's port is kept unless the tuple is another connection's; then it is a free one of our own.
+    #[track_caller]
+    fn check_seen_port(&self, proto: u8, client: SocketAddr, seen: SocketAddr, backend: Backend) {
+        assert_eq!(seen.ip(), client.ip(), "the client's address is changed at ingress");
+        let is_taken = |src: SocketAddr| self.find(|other| other.is_plain_forward(proto, src, backend.addr)).is_some();
+        assert!(!is_taken(seen), "{seen} to {} is another connection's", backend.addr);
+        if is_taken(client) {
+            assert!(self.facts.snat_ports.contains(&seen.port()), "port {} is not ours to give", seen.port());
+        } else {
+            assert_eq!(seen, client, "the client's port is changed without need");
+        }
+    }
+
+    /// A packet to what is no frontend.
+    fn no_frontend(&self, packet: &Packet) -> Expected {
+        let dst = packet.ip.dst;
+        if self.is_cluster_ip(dst) {
+            let is_reset = matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & flag::RST != 0);
+            return if is_reset { Expected::Drop } else { Expected::Reject };
+        }
+        if self.facts.services.iter().any(|prefix| prefix.contains(dst)) { Expected::Drop } else { Expected::Same }
+    }
+
+    #[track_caller]
+    fn egress(&mut self, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
+        let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
+        if let Some(connection) = self.find(|connection| connection.is_plain_reply(proto, src, dst)) {
+            return changed(packet.clone().with_src(connection.frontend).with_dst(connection.client));
+        }
+        let position = self.connections.iter().position(|connection| connection.is_plain_forward(proto, src, dst));
+        if let Some(position) = position {
+            return self.leave(position, packet, got);
+        }
+        if self.is_cluster_ip(dst.ip()) { Expected::Reject } else { Expected::Same }
+    }
+
+    /// A client's packet on its way to the backend.
+    #[track_caller]
+    fn leave(&mut self, position: usize, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
+        let connection = self.connections[position];
+        if !connection.wants_nat {
+            return Expected::Same;
+        }
+        let nat = connection.nat.unwrap_or_else(|| {
+            let (got_src, _) = got.expect("a client's packet comes out");
+            self.check_nat(&connection, got_src);
+            got_src
+        });
+        self.connections[position].nat = Some(nat);
+        changed(packet.clone().with_src(nat))
+    }
+
+    /// The source that a backend sees: this node, with the client's port where that may be kept, else one of our own.
+    #[track_caller]
+    fn check_nat(&self, connection: &Connection, nat: SocketAddr) {
+        let own = self.facts.node.iter().find(|addr| addr.is_ipv4() == nat.is_ipv4());
+        assert_eq!(Some(&nat.ip()), own, "the source is not this node's");
+        let (proto, backend) = (connection.proto, connection.backend.addr);
+        let is_taken = |nat: SocketAddr| self.find(|other| other.is_reply_to_nat(proto, backend, nat)).is_some();
+        assert!(!is_taken(nat), "{backend} to {nat} is another connection's");
+        let wish = SocketAddr::new(nat.ip(), connection.seen_client.port());
+        let may_keep = !self.facts.local_ports.contains(&wish.port()) && !is_taken(wish);
+        if nat != wish {
+            assert!(!may_keep, "port {} could have been kept", wish.port());
+            assert!(self.facts.snat_ports.contains(&nat.port()), "port {} is not ours to give", nat.port());
+        } else {
+            assert!(may_keep || self.facts.snat_ports.contains(&nat.port()), "port {} is the host's", nat.port());
+        }
+    }
+
+    /// An ICMP error: who sees it must find its own packet quoted.
+    fn error(&self, hook: Hook, packet: &Packet, error: &Error) -> Expected {
+        let quoted = &error.quoted;
+        let (proto, src, dst) = (quoted.proto(), quoted.src(), quoted.dst());
+        let has_ports = quoted.ports().is_some() && quoted.part.is_none_or(|part| part.from == 0);
+        if !has_ports || error.quoted_bytes < quoted.header_bytes() + 8 {
+            return Expected::Same;
+        }
+        let found = match hook {
+            // From beyond a backend, about a packet that left with our source; or from a client, about an answer.
+            Hook::Ingress => self
+                .find(|connection| connection.is_reply_to_nat(proto, dst, src))
+                .map(|connection| {
+                    let nat = connection.nat.expect("it is a reply to it");
+                    (with_outer_dst(packet, nat.ip(), connection.client.ip()), (connection.seen_client, dst))
+                })
+                .or_else(|| {
+                    let connection = self.find(|connection| connection.is_to_frontend(proto, dst, src))?;
+                    let outer = with_outer_dst(packet, connection.frontend.ip(), connection.backend.addr.ip());
+                    Some((outer, (connection.backend.addr, connection.seen_client)))
+                }),
+            // To a client, about its packet; or to a backend, about its answer to our source.
+            Hook::Egress => self
+                .find(|connection| connection.is_plain_forward(proto, src, dst))
+                .map(|connection| {
+                    let outer = with_outer_src(packet, connection.backend.addr.ip(), connection.frontend.ip());
+                    (outer, (connection.client, connection.frontend))
+                })
+                .or_else(|| {
+                    let connection = self.find(|connection| connection.is_plain_reply(proto, src, dst))?;
+                    let nat = connection.nat?;
+                    Some((with_outer_src(packet, connection.client.ip(), nat.ip()), (src, nat)))
+                }),
+        };
+        match found {
+            None => Expected::Same,
+            Some(_) if is_redirect(packet, error) => Expected::Drop,
+            Some((outer, (src, dst))) => {
+                let quoted = Box::new(error.quoted.as_ref().clone().with_src(src).with_dst(dst));
+                let error = Error { quoted, ..error.clone() };
+                changed(Packet { body: Body::Error(error), ..outer })
+            }
+        }
+    }
+
+    fn find(&self, is_it: impl Fn(&Connection) -> bool) -> Option<Connection> {
+        self.connections.iter().copied().find(|connection| is_it(connection))
+    }
+
+    fn frontends(&self) -> impl Iterator<Item = (&Service, Frontend)> {
+        self.services.iter().flat_map(|service| service.frontends.iter().map(move |frontend| (service, *frontend)))
+    }
+
+    /// The frontend at `dst`: of this very address first, then the NodePort.
+    fn frontend(&self, proto: u8, dst: SocketAddr) -> Option<(Service, Frontend)> {
+        let at = |at: At| self.frontends().find(|(service, frontend)| service.proto == proto && frontend.at == at);
+        let node_port = || if self.facts.node.contains(&dst.ip()) { at(At::NodePort(dst.port())) } else { None };
+        at(At::Addr(dst)).or_else(node_port).map(|(service, frontend)| (service.clone(), frontend))
+    }
+
+    fn is_cluster_ip(&self, addr: IpAddr) -> bool {
+        self.frontends()
+            .any(|(_, frontend)| frontend.is_cluster_ip && matches!(frontend.at, At::Addr(at) if at.ip() == addr))
+    }
+
+    fn is_inside(&self, client: IpAddr) -> bool {
+        self.facts.cluster.iter().any(|prefix| prefix.contains(client)) || self.facts.node.contains(&client)
+    }
+
+    /// True if the backend's answers would not come back here by themselves.
+    fn wants_nat(&self, client: IpAddr, frontend: Frontend, backend: Backend) -> bool {
+        if client == backend.addr.ip() {
+            return true;
+        }
+        let is_in = |prefixes: &[Prefix]| prefixes.iter().any(|prefix| prefix.contains(client));
+        let comes_back =
+            backend.is_local || is_in(&self.facts.pods) || frontend.is_cluster_ip && is_in(&self.facts.cluster);
+        !comes_back
+    }
+}
+
+fn changed(packet: Packet) -> Expected {
+    Expected::Packet(Box::new(packet))
+}
+
+fn with_outer_dst(packet: &Packet, old: IpAddr, new: IpAddr) -> Packet {
+    let mut packet = packet.clone();
+    if packet.ip.dst == old {
+        packet.ip.dst = new;
+    }
+    packet
+}
+
+fn with_outer_src(packet: &Packet, old: IpAddr, new: IpAddr) -> Packet {
+    let mut packet = packet.clone();
+    if packet.ip.src == old {
+        packet.ip.src = new;
+    }
+    packet
+}
+
+fn is_redirect(packet: &Packet, error: &Error) -> bool {
+    error.kind == if packet.is_v4() { error::V4_REDIRECT } else { error::V6_REDIRECT }
+}
+
+/// What is wrong with `answer` as the refusal of `packet`, or nothing.
+///
+/// TCP: a reset as RFC 9293 section 3.10.7.1 wants it; else an unreachable port, quoting the packet (RFC 1122 section 3.2.2, RFC 4443
+/// section 3.1); from whom the packet was for, to its sender.
+pub fn check_answer(packet: &Packet, answer: &[u8]) -> Result<(), String> {
+    let is = |what: &str, is_right: bool| if is_right { Ok(()) } else { Err(what.to_owned()) };
+    crate::packet::check(answer)?;
+    let parsed = crate::packet::parse(answer).ok_or("not a whole packet")?;
+    is("ends", (parsed.ip.src, parsed.ip.dst) == (packet.ip.dst, packet.ip.src))?;
+    is("Ethernet addresses", (parsed.link.src, parsed.link.dst) == (packet.link.dst, packet.link.src))?;
+    is("time to live", parsed.ip.ttl >= 64)?;
+    match (&packet.body, &parsed.body) {
+        (Body::Tcp(tcp), Body::Tcp(reset)) => {
+            is("ports", (reset.sport, reset.dport) == (tcp.dport, tcp.sport))?;
+            is("data", reset.data.is_empty())?;
+            if tcp.flags & flag::ACK != 0 {
+                return is("flags and sequence", (reset.flags, reset.seq) == (flag::RST, tcp.ack));
+            }
+            let length =
+                tcp.data.len() as u32 + u32::from(tcp.flags & flag::SYN != 0) + u32::from(tcp.flags & flag::FIN != 0);
+            let wanted = (flag::RST | flag::ACK, 0, tcp.seq.wrapping_add(length));
+            is("flags and sequence", (reset.flags, reset.seq, reset.ack) == wanted)
+        }
+        (Body::Tcp(_), _) => Err("not a reset".into()),
+        (_, Body::Icmp(icmp)) => {
+            let (kind, code, most) = match packet.is_v4() {
+                true => (error::V4_UNREACHABLE, error::V4_PORT, 576),
+                false => (error::V6_UNREACHABLE, error::V6_PORT, 1280),
+            };
+            is("type and code", (icmp.kind, icmp.code, icmp.rest) == (kind, code, 0))?;
+            is("length", answer.len() <= 14 + most)?;
+            let quoted = packet.ip_bytes();
+            let least = quoted.len().min(packet.header_bytes() + 8);
+            is("quoted bytes", icmp.data.len() >= least && quoted.starts_with(&icmp.data))
+        }
+        _ => Err("no ICMP error".into()),
+    }
+}
