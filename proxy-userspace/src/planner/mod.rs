@@ -4,14 +4,17 @@
 //! |---|---|
 //! | [`key`] | what frontends, backends and service ports are known by |
 //! | [`node`] | this node as planning needs it: zone, addresses, which of them answer NodePorts, prefixes |
-//! | [`endpoints`] | endpoint selection: policies, readiness, hints (kube-proxy's rules) |
+//! | `endpoints` | endpoint selection: policies, readiness, hints (kube-proxy's rules) |
 //! | [`service`] | [`plan_service`]: one service, its endpoints, this node: what should be programmed |
 //! | [`ids`] | allocators of ids and slot ranges |
-//! | [`claims`] | who owns a frontend that several services claim |
+//! | `claims` | who owns a frontend that several services claim |
 //! | [`usage`] | what addresses and ports are used for, counted over all users |
 //! | [`state`] | everything that is programmed: restored from the tables, advanced from snapshot to snapshot |
-//! | [`plan`] | [`Plan`]: the changes, and their text form |
-//! | [`tables`] | [`Tables`]: all entries of the maps, their text form, and what a change does to them |
+//! | `restore` | the state that the tables show |
+//! | `work` | one step under way |
+//! | [`plan`] | [`Plan`]: the changes |
+//! | [`tables`] | [`Tables`]: all entries of the maps, and what a change does to them |
+//! | `text` | the text form of plans and tables |
 //! | [`problem`] | what a service asks for that cannot be done |
 //!
 //! What always holds:
@@ -23,24 +26,27 @@
 //! - Planning everything from nothing leads to the same tables as any sequence of changes (but for ids and positions,
 //!   and for addresses that linger because flows may still use them).
 
-pub mod claims;
-pub mod endpoints;
+mod claims;
+mod endpoints;
 pub mod ids;
 pub mod key;
 pub mod node;
 pub mod plan;
 pub mod problem;
+mod restore;
 pub mod service;
 pub mod state;
 pub mod tables;
+mod text;
 pub mod usage;
+mod work;
 
 pub use ids::{BackendId, Epoch, Limits, ServiceId};
 pub use key::{BackendAddr, FrontendAddr, PortName};
 pub use node::NodeView;
 pub use plan::{Cidrs, Group, Op, Plan, Stage, Subject};
 pub use problem::Problem;
-pub use service::{FrontendKind, PlannedBackend, PlannedFrontend, PortPlan, ServicePlan};
+pub use service::{FrontendKind, Layout, PlannedBackend, PlannedFrontend, PortPlan, ServicePlan, plan_service};
 pub use state::State;
 pub use tables::Tables;
 pub use usage::SnatPorts;

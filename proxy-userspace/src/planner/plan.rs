@@ -1,14 +1,13 @@
 //! A plan: the exact changes of the tables, in an order that never takes a working frontend away.
 
-use std::fmt;
 use std::sync::Arc;
 
-use proxy_common::abi::address::{AddressClass, PortUse, PortWord};
+use proxy_common::abi::address::{AddressClass, PortWord};
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::Cidr;
 use proxy_common::abi::frontend::FrontendValue;
-use proxy_common::abi::service::{Range, ServiceRecord, Slot};
-use proxy_common::addr::{Addr, Port, Proto};
+use proxy_common::abi::service::{ServiceRecord, Slot};
+use proxy_common::addr::Addr;
 
 use super::ids::{BackendId, Epoch, ServiceId};
 use super::key::{FrontendAddr, PortName};

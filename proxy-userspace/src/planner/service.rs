@@ -1,13 +1,14 @@
 //! One service, its endpoints and this node: what should be programmed.
 
-use std::num::NonZeroU64;
+use proxy_common::abi::frontend::FrontendValue;
+use proxy_common::abi::service::Range;
+use proxy_common::addr::{Addr, Port, Proto};
 
 use super::endpoints;
 use super::key::{BackendAddr, FrontendAddr};
 use super::node::NodeView;
 use super::problem::Problem;
-use crate::model::{Endpoints, Family, Name, Service};
-use proxy_common::addr::Proto;
+use crate::model::{Endpoints, Family, Name, Service, ServicePort, TrafficPolicy};
 
 /// What should be programmed for one service.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -29,13 +30,9 @@ pub struct PortPlan {
     pub family: Family,
     /// Every backend that may have flows, in order of their addresses.
     pub backends: Vec<PlannedBackend>,
-    /// Some frontend sends some clients to the cluster set.
-    pub uses_cluster: bool,
-    /// Some frontend sends some clients to the local set.
-    pub uses_local: bool,
     /// Seconds of session affinity; 0: none.
     pub affinity: u32,
-    /// What clients dial, in order of kind.
+    /// What clients dial, the strongest claim first; each address once.
     pub frontends: Vec<PlannedFrontend>,
 }
 
@@ -74,4 +71,147 @@ pub struct PlannedFrontend {
     pub kind: FrontendKind,
     /// Flags of its record.
     pub flags: u32,
+}
+
+/// The slots of a service port, and which of them are its sets. Ranges count from the first slot.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Layout {
+    /// Backends in slot order.
+    pub slots: Vec<BackendAddr>,
+    /// The cluster set.
+    pub cluster: Range,
+    /// The local set.
+    pub local: Range,
+}
+
+/// What should be programmed for a service with these endpoints on this node.
+pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -> ServicePlan {
+    let mut plan = ServicePlan::default();
+    let families = Family::ALL.into_iter().filter_map(|family| Some((family, (*service.cluster_ips.get(family))?)));
+    let families: Vec<_> = families.collect();
+    if families.is_empty() {
+        plan.problems.push(Problem::NoClusterIp);
+        return plan;
+    }
+    for (position, port) in service.ports.iter().enumerate() {
+        let Some(proto) = usable_protocol(&service.ports[..position], port, &mut plan.problems) else { continue };
+        for (family, cluster_ip) in &families {
+            plan.ports.push(plan_port(service, endpoints, node, (port, proto), (*family, *cluster_ip)));
+        }
+    }
+    plan.problems.extend(restricted_addresses(service));
+    plan
+}
+
+/// The protocol of a port, unless the port has to be left out.
+fn usable_protocol(before: &[ServicePort], port: &ServicePort, problems: &mut Vec<Problem>) -> Option<Proto> {
+    let Some(proto) = port.protocol.proto() else {
+        problems.push(Problem::Sctp { name: port.name.clone(), port: port.port });
+        return None;
+    };
+    if before.iter().any(|other| other.name == port.name && other.protocol == port.protocol) {
+        problems.push(Problem::DuplicatePort { name: port.name.clone(), port: port.port });
+        return None;
+    }
+    Some(proto)
+}
+
+fn plan_port(
+    service: &Service,
+    endpoints: &Endpoints,
+    node: &NodeView,
+    (port, proto): (&ServicePort, Proto),
+    (family, cluster_ip): (Family, Addr),
+) -> PortPlan {
+    PortPlan {
+        port: port.name.clone(),
+        proto,
+        family,
+        backends: endpoints::select(endpoints, (&port.name, port.protocol, proto), family, node),
+        affinity: service.affinity.map_or(0, |seconds| seconds.get()),
+        frontends: frontends(service, (port, proto), (family, cluster_ip)),
+    }
+}
+
+/// What clients of a service port can dial in one family.
+fn frontends(
+    service: &Service,
+    (port, proto): (&ServicePort, Proto),
+    (family, cluster_ip): (Family, Addr),
+) -> Vec<PlannedFrontend> {
+    let of_family = move |addr: &&Addr| Family::of(addr) == family;
+    let at = |addr: Addr, port: Port| FrontendAddr { addr, port, proto };
+    let served = !*service.restricted.get(family);
+    let balanced = service.load_balancer_ips.iter().filter(of_family).filter(|_| served);
+    let external = service.external_ips.iter().filter(of_family);
+    let mut all = vec![(FrontendKind::ClusterIp, at(cluster_ip, port.port))];
+    all.extend(balanced.map(|addr| (FrontendKind::LoadBalancer, at(*addr, port.port))));
+    all.extend(external.map(|addr| (FrontendKind::ExternalIp, at(*addr, port.port))));
+    all.extend(port.node_port.map(|port| (FrontendKind::NodePort, at(family.wildcard(), port))));
+    // Stable: of one address with several kinds the strongest is kept.
+    all.sort_by_key(|(_, at)| *at);
+    all.dedup_by_key(|(_, at)| *at);
+    all.sort_by_key(|(kind, at)| (*kind, *at));
+    all.into_iter().map(|(kind, at)| PlannedFrontend { at, kind, flags: flags(service, kind) }).collect()
+}
+
+/// Who gets the local set by a frontend of this kind. To an external address, clients inside always get the cluster set.
+fn flags(service: &Service, kind: FrontendKind) -> u32 {
+    let local = |policy: TrafficPolicy, flags: u32| if policy == TrafficPolicy::Local { flags } else { 0 };
+    let both = FrontendValue::INSIDE_LOCAL | FrontendValue::OUTSIDE_LOCAL;
+    match kind {
+        FrontendKind::ClusterIp => FrontendValue::CLUSTER_IP | local(service.internal_policy, both),
+        _ => local(service.external_policy, FrontendValue::OUTSIDE_LOCAL),
+    }
+}
+
+/// Load-balancer addresses that are not served, because their allowed sources could not be enforced.
+fn restricted_addresses(service: &Service) -> impl Iterator<Item = Problem> {
+    let restricted = service.load_balancer_ips.iter().filter(|addr| *service.restricted.get(Family::of(addr)));
+    let served = restricted.filter(|addr| service.cluster_ips.get(Family::of(addr)).is_some());
+    served.map(|addr| Problem::SourceRanges { addr: *addr })
+}
+
+impl PortPlan {
+    /// The slots, and the two sets in them.
+    ///
+    /// Equal sets share their slots. A set that no frontend uses is the other one, so that a frontend whose policy is
+    /// about to change meets backends at every moment.
+    pub fn layout(&self) -> Layout {
+        let members = |of: fn(&PlannedBackend) -> bool| -> Vec<BackendAddr> {
+            self.backends.iter().filter(|backend| of(backend)).map(|backend| backend.at).collect()
+        };
+        let (cluster, local) = (members(|backend| backend.in_cluster), members(|backend| backend.in_local));
+        let cluster_range = range(0, &cluster, Range::REJECT);
+        let if_no_local = if cluster.is_empty() { Range::REJECT } else { Range::DROP };
+        let share = |slots: Vec<BackendAddr>, range: Range| Layout { slots, cluster: range, local: range };
+        if !self.uses_local() || cluster == local {
+            return share(cluster, cluster_range);
+        }
+        if !self.uses_cluster() {
+            let range = range(0, &local, if_no_local);
+            return share(local, range);
+        }
+        let local_range = range(cluster.len() as u32, &local, if_no_local);
+        Layout { slots: [cluster, local].concat(), cluster: cluster_range, local: local_range }
+    }
+
+    /// True if some frontend sends some clients to the local set.
+    fn uses_local(&self) -> bool {
+        self.frontends.iter().any(|frontend| frontend.flags & LOCAL_FLAGS != 0)
+    }
+
+    /// True if some frontend sends some clients to the cluster set.
+    fn uses_cluster(&self) -> bool {
+        self.frontends.iter().any(|frontend| frontend.flags & LOCAL_FLAGS != LOCAL_FLAGS)
+    }
+}
+
+const LOCAL_FLAGS: u32 = FrontendValue::INSIDE_LOCAL | FrontendValue::OUTSIDE_LOCAL;
+
+fn range(base: u32, members: &[BackendAddr], if_empty: Range) -> Range {
+    match members.len() as u32 {
+        0 => if_empty,
+        count => Range { base, count },
+    }
 }

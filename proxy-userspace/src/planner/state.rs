@@ -1,40 +1,443 @@
-//! Everything that is programmed: restored from the tables, advanced from snapshot to snapshot.
+//! Everything that is programmed, and for whom; how it moves from snapshot to snapshot.
+//!
+//! One step: services that differ are planned and take their ids, slots and claims; then, when all counts are final, each
+//! touched frontend, backend, address and port is compared with the tables once.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use proxy_common::abi::backend::BackendRecord;
+use proxy_common::abi::frontend::FrontendValue;
+use proxy_common::abi::service::{Range, ServiceRecord, Slot};
 use proxy_common::addr::Addr;
 
-use super::ids::{Epoch, Limits};
-use super::plan::Plan;
-use super::tables::Tables;
-use super::usage::SnatPorts;
-use crate::model::Snapshot;
+use super::claims::{Claim, Claims, Remark};
+use super::ids::{BackendId, Epoch, Ids, Limits, ServiceId, Slots, Stretch};
+use super::key::{BackendAddr, FrontendAddr, PortName};
+use super::node::NodeView;
+use super::plan::{Cidrs, Op, Plan};
+use super::problem::Problem;
+use super::service::{Layout, PlannedFrontend, PortPlan, ServicePlan, plan_service};
+use super::usage::{Addresses, Ports};
+use super::work::Work;
+use crate::model::{Endpoints, ServiceKey, Snapshot, SourceId};
 
-/// What is programmed, and for whom. A value: planning takes it and gives the next one back.
+/// What is programmed, and for whom. A value: each step takes it and gives the next one back.
 #[derive(Debug)]
 pub struct State {
-    epoch: Epoch,
+    pub(super) limits: Limits,
+    pub(super) epoch: Epoch,
+    /// What the state was last advanced to, and this node in it.
+    pub(super) planned: Option<(Arc<Snapshot>, NodeView)>,
+    pub(super) service_ids: Ids,
+    pub(super) backend_ids: Ids,
+    pub(super) slots: Slots,
+    pub(super) ports: BTreeMap<Arc<PortName>, Port>,
+    pub(super) backends: BTreeMap<BackendAddr, Backend>,
+    pub(super) claims: Claims,
+    pub(super) addresses: Addresses,
+    pub(super) port_uses: Ports,
+    /// Prefixes in the configuration.
+    pub(super) cidrs: Cidrs,
+    /// What is in the tables without a use that is known; it goes when every source has listed.
+    pub(super) orphans: Orphans,
+    /// Services that found no room.
+    pub(super) refused: BTreeSet<ServiceKey>,
+    /// Room was freed since they were refused.
+    pub(super) has_room: bool,
+    /// What each service's own plan says it does not get.
+    pub(super) problems: BTreeMap<ServiceKey, Vec<Problem>>,
+    /// Frontends about which a service is told something.
+    pub(super) remarks: BTreeSet<(ServiceKey, FrontendAddr, Remark)>,
+}
+
+/// A service port in one family, as programmed.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub id: ServiceId,
+    /// The slots it holds.
+    pub stretch: Stretch,
+    /// What is in them; empty although it holds some if the tables were not consistent.
+    pub slots: Box<[BackendId]>,
+    pub record: ServiceRecord,
+    /// Its backends, and whether it says that they run here.
+    pub backends: Box<[(BackendAddr, bool)]>,
+    pub frontends: Box<[PlannedFrontend]>,
+    pub created: Option<NonZeroU64>,
+    /// Read from the tables, not planned yet.
+    pub is_held: bool,
+}
+
+/// A backend, as programmed.
+#[derive(Debug)]
+pub(super) struct Backend {
+    pub id: BackendId,
+    /// Service ports that list it.
+    pub users: u32,
+    /// Those that say it runs here.
+    pub local_users: u32,
+    /// Flags in the table, if it is there.
+    pub programmed: Option<u32>,
+}
+
+impl Backend {
+    /// The flags it should have. One user who knows that it runs here is enough.
+    pub fn flags(&self) -> u32 {
+        if self.local_users > 0 { BackendRecord::LOCAL } else { 0 }
+    }
+}
+
+/// Entries of the tables that no name or slot accounts for.
+#[derive(Default, Debug)]
+pub(super) struct Orphans {
+    /// Service ids without a name, or with a name that another id has; and their slots.
+    pub services: Vec<(ServiceId, Stretch)>,
+    /// Backends of which another id has the same address.
+    pub backends: Vec<BackendId>,
+    /// Backends in no slot, which count as used once.
+    pub unlisted: Vec<BackendAddr>,
 }
 
 impl State {
-    /// The state that the tables show. (Empty tables: nothing is programmed.)
-    pub fn restore(_limits: Limits, _snat: SnatPorts, _tables: &Tables) -> Self {
-        Self { epoch: Epoch(0) }
-    }
-
     /// The state after everything in `next` is programmed, and what has to be done for that.
-    pub fn advance(self, _next: &Arc<Snapshot>) -> (Self, Plan) {
-        (self, Plan::default())
+    pub fn advance(mut self, next: &Arc<Snapshot>) -> (Self, Plan) {
+        self.epoch = Epoch(self.epoch.0 + 1);
+        let mut work = Work::default();
+        let before = self.planned.take();
+        let kept = before.as_ref().filter(|(old, _)| is_same_node(old, next)).map(|(_, node)| node.clone());
+        let is_kept = kept.is_some();
+        let node = kept.unwrap_or_else(|| NodeView::of(next));
+        if before.is_none() {
+            self.touch_everything(&mut work);
+        }
+        if !is_kept {
+            self.take_node(&node, next.pending.is_empty(), &mut work);
+        }
+        for service in self.changed_services(before.as_ref(), next, &node) {
+            self.take_service(service, next, &node, &mut work);
+        }
+        if next.pending.is_empty() {
+            self.drop_orphans(&mut work);
+        }
+        self.planned = Some((next.clone(), node));
+        let plan = self.finish(work);
+        (self, plan)
     }
 
     /// The state after no flow uses `addr` any more, and what has to be done for that.
-    pub fn prune_address(self, _addr: Addr) -> (Self, Plan) {
-        (self, Plan::default())
+    pub fn prune_address(mut self, addr: Addr) -> (Self, Plan) {
+        self.epoch = Epoch(self.epoch.0 + 1);
+        let plan = Plan::of_leftovers(self.epoch, self.addresses.prune(addr));
+        (self, plan)
     }
 
-    /// The state after a grace period has passed since all of `now` of the plan of `epoch` was done, and `after_grace`
-    /// has been done. True if services that found no room should be tried again (advance to the same snapshot).
-    pub fn grace_passed(self, _epoch: Epoch) -> (Self, bool) {
-        (self, false)
+    /// The state after `after_grace` of the plan of `epoch` has been done. The flag is true if services that found no room
+    /// may find some now: then it is worth advancing to the same snapshot once more.
+    pub fn grace_passed(mut self, epoch: Epoch) -> (Self, bool) {
+        let freed = [self.service_ids.wake(epoch), self.backend_ids.wake(epoch), self.slots.wake(epoch)];
+        self.has_room |= freed.contains(&true);
+        let worth_it = self.has_room && !self.refused.is_empty();
+        (self, worth_it)
     }
+
+    /// This node, as last planned for.
+    pub fn node(&self) -> Option<&NodeView> {
+        self.planned.as_ref().map(|(_, node)| node)
+    }
+
+    /// Everything that services do not get, by service.
+    pub fn problems(&self) -> BTreeMap<ServiceKey, Vec<Problem>> {
+        let told = self.remarks.iter().map(|(service, ..)| service);
+        let services: BTreeSet<_> = self.problems.keys().chain(told).collect();
+        services.into_iter().map(|service| (service.clone(), self.problems_of(service))).collect()
+    }
+
+    pub(super) fn problems_of(&self, service: &ServiceKey) -> Vec<Problem> {
+        let own = self.problems.get(service).into_iter().flatten().cloned();
+        own.chain(self.remarks_to(service)).collect()
+    }
+
+    fn remarks_to<'a>(&'a self, service: &'a ServiceKey) -> impl Iterator<Item = Problem> + 'a {
+        let first = (service.clone(), FIRST_FRONTEND, Remark::Conflict);
+        let own = self.remarks.range(first..).take_while(move |(to, ..)| to == service);
+        own.filter_map(|(_, at, remark)| match remark {
+            Remark::IsBackend => Some(Problem::FrontendIsBackend { frontend: *at }),
+            Remark::Conflict => {
+                let winner = self.claims.get(at)?.winner()?;
+                Some(Problem::Conflict { frontend: *at, winner: PortName::clone(&winner.owner) })
+            }
+        })
+    }
+
+    /// Services that have to be planned: those that differ, and all if this node differs in what plans depend on.
+    fn changed_services(
+        &mut self,
+        before: Option<&(Arc<Snapshot>, NodeView)>,
+        next: &Snapshot,
+        node: &NodeView,
+    ) -> BTreeSet<ServiceKey> {
+        let mut changed = match before {
+            Some((old, old_node)) if !old_node.plans_differ(node) => differing(old, next),
+            _ => next.services.keys().chain(self.programmed_services()).cloned().collect(),
+        };
+        let was_pending = |source: &SourceId| before.is_some_and(|(old, _)| old.is_pending(*source));
+        let entered: Vec<_> = SourceId::ALL.into_iter().filter(was_pending).collect();
+        changed.extend(self.programmed_services().filter(|key| entered.contains(&key.source)).cloned());
+        if std::mem::take(&mut self.has_room) {
+            changed.extend(self.refused.iter().cloned());
+        }
+        changed.retain(|key| !next.is_pending(key.source));
+        changed
+    }
+
+    fn programmed_services(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.ports.keys().map(|name| name.service())
+    }
+
+    /// Plans one service and takes what it needs.
+    fn take_service(&mut self, key: ServiceKey, next: &Snapshot, node: &NodeView, work: &mut Work) {
+        let none = Arc::<Endpoints>::default();
+        let service = next.services.get(&key);
+        let endpoints = next.endpoints.get(&key).unwrap_or(&none);
+        let ServicePlan { ports, mut problems } =
+            service.map(|service| plan_service(service, endpoints, node)).unwrap_or_default();
+        let created = service.and_then(|service| service.created);
+        let mut wanted = BTreeSet::new();
+        self.refused.remove(&key);
+        for port in ports {
+            let name = match PortName::new(key.clone(), port.port.clone(), port.proto, port.family) {
+                Ok(name) => Arc::new(name),
+                Err(error) => {
+                    problems.push(error.into());
+                    continue;
+                }
+            };
+            wanted.insert(name.clone());
+            if let Err(problem) = self.take_port(name, &port, created, work) {
+                self.refused.insert(key.clone());
+                problems.push(problem);
+            }
+        }
+        for name in self.ports_of(&key).filter(|name| !wanted.contains(*name)).cloned().collect::<Vec<_>>() {
+            self.withdraw_port(&name, work);
+        }
+        self.set_problems(key, problems, work);
+    }
+
+    fn ports_of<'a>(&'a self, key: &'a ServiceKey) -> impl Iterator<Item = &'a Arc<PortName>> {
+        let from_first = self.ports.range::<PortName, _>(PortName::first_of(key.clone())..);
+        from_first.map(|(name, _)| name).take_while(move |name| name.service() == key)
+    }
+
+    fn set_problems(&mut self, key: ServiceKey, problems: Vec<Problem>, work: &mut Work) {
+        let known = match problems.is_empty() {
+            true => self.problems.remove(&key),
+            false => self.problems.insert(key.clone(), problems.clone()),
+        };
+        if known.unwrap_or_default() != problems {
+            work.told.insert(key);
+        }
+    }
+
+    /// Takes ids and slots for a service port and puts its claims in; or changes nothing if there is no room.
+    fn take_port(
+        &mut self,
+        name: Arc<PortName>,
+        plan: &PortPlan,
+        created: Option<NonZeroU64>,
+        work: &mut Work,
+    ) -> Result<(), Problem> {
+        let layout = plan.layout();
+        let (id, stretch) = self.reserve(&name, plan, &layout)?;
+        self.list_backends(plan);
+        work.backends(name.service(), plan.backends.iter().map(|backend| backend.at));
+        let old = self.ports.remove(&name);
+        let slots: Box<[BackendId]> = layout.slots.iter().map(|at| self.backends[at].id).collect();
+        let record = record(&layout, stretch, plan.affinity);
+        match &old {
+            None => work.name(id, &name),
+            Some(old) => self.unlist_backends(old, work),
+        }
+        let known_stretch = old.as_ref().map(|old| old.stretch).unwrap_or_default();
+        if known_stretch != stretch {
+            self.slots.rest(known_stretch, self.epoch);
+            if stretch.count > 0 {
+                work.write(&name, Op::WriteSlots { base: stretch.base, slots: owned_by(id, &slots) });
+            }
+        }
+        if old.as_ref().is_none_or(|old| old.record != record) {
+            work.write(&name, Op::PublishService { id, record });
+        }
+        let port = Port {
+            id,
+            stretch,
+            slots,
+            record,
+            backends: plan.backends.iter().map(|backend| (backend.at, backend.is_local)).collect(),
+            frontends: plan.frontends.iter().copied().collect(),
+            created,
+            is_held: false,
+        };
+        self.change_claims(&name, old.as_ref(), &port, work);
+        self.ports.insert(name, port);
+        Ok(())
+    }
+
+    /// The id and the slots that a port will have: what it has, where that stays the same. Takes ids of new backends too.
+    fn reserve(&mut self, name: &PortName, plan: &PortPlan, layout: &Layout) -> Result<(ServiceId, Stretch), Problem> {
+        let known = self.ports.get(name);
+        let full = |what, wanted, capacity| Problem::Exhausted { name: name.clone(), wanted, what, capacity };
+        if known.is_none() && self.service_ids.available() == 0 {
+            return Err(full("services", 1, self.limits.services));
+        }
+        let new = plan.backends.iter().filter(|backend| !self.backends.contains_key(&backend.at)).count();
+        if new > self.backend_ids.available() {
+            return Err(full("backends", new, self.limits.backends));
+        }
+        let same_slots = known.filter(|port| self.are_slots(port, &layout.slots)).map(|port| port.stretch);
+        let id = known.map(|port| port.id);
+        let stretch = match same_slots {
+            Some(stretch) => stretch,
+            None => {
+                let wanted = layout.slots.len();
+                let free = self.slots.take(wanted as u32);
+                free.ok_or_else(|| full("slots in a row", wanted, self.limits.slots))?
+            }
+        };
+        let id = match id {
+            Some(id) => id,
+            None => ServiceId(self.service_ids.take().expect("one was available above")),
+        };
+        Ok((id, stretch))
+    }
+
+    fn are_slots(&self, port: &Port, wanted: &[BackendAddr]) -> bool {
+        let ids = wanted.iter().map(|at| self.backends.get(at).map(|backend| backend.id));
+        port.slots.len() == port.stretch.count as usize && port.slots.iter().map(|id| Some(*id)).eq(ids)
+    }
+
+    /// Counts a port in as a user of its backends, with new ids for new ones.
+    fn list_backends(&mut self, plan: &PortPlan) {
+        for planned in &plan.backends {
+            let (ids, addresses) = (&mut self.backend_ids, &mut self.addresses);
+            let backend = self.backends.entry(planned.at).or_insert_with(|| {
+                addresses.at(planned.at.addr).backends += 1;
+                let id = BackendId(ids.take().expect("as many as needed were available"));
+                Backend { id, users: 0, local_users: 0, programmed: None }
+            });
+            backend.users += 1;
+            backend.local_users += u32::from(planned.is_local);
+        }
+    }
+
+    /// Counts a port out as a user of its backends.
+    fn unlist_backends(&mut self, port: &Port, work: &mut Work) {
+        for (at, is_local) in &port.backends {
+            if let Some(backend) = self.backends.get_mut(at) {
+                backend.users -= 1;
+                backend.local_users -= u32::from(*is_local);
+                work.left.push(*at);
+            }
+        }
+    }
+
+    fn change_claims(&mut self, name: &Arc<PortName>, old: Option<&Port>, new: &Port, work: &mut Work) {
+        let same = |old: &Port| !old.is_held && old.frontends == new.frontends && old.created == new.created;
+        if old.is_some_and(same) {
+            return;
+        }
+        let listed = |at: &FrontendAddr| new.frontends.iter().any(|frontend| frontend.at == *at);
+        for frontend in old.iter().flat_map(|old| &old.frontends).filter(|frontend| !listed(&frontend.at)) {
+            self.claims.withdraw(frontend.at, name);
+            work.frontend(frontend.at, Some(name.service()));
+        }
+        for frontend in &new.frontends {
+            self.claims.put(frontend.at, claim(name, new, frontend));
+            work.frontend(frontend.at, Some(name.service()));
+        }
+    }
+
+    /// Takes everything from a service port.
+    fn withdraw_port(&mut self, name: &Arc<PortName>, work: &mut Work) {
+        let Some(port) = self.ports.remove(name) else { return };
+        self.unlist_backends(&port, work);
+        for frontend in &port.frontends {
+            self.claims.withdraw(frontend.at, name);
+            work.frontend(frontend.at, Some(name.service()));
+        }
+        self.slots.rest(port.stretch, self.epoch);
+        self.service_ids.rest(port.id.0, self.epoch);
+        work.retire_service(name.service(), port.id);
+    }
+
+    /// Lets go of what nobody accounts for.
+    fn drop_orphans(&mut self, work: &mut Work) {
+        let orphans = std::mem::take(&mut self.orphans);
+        for (id, stretch) in orphans.services {
+            self.slots.rest(stretch, self.epoch);
+            self.service_ids.rest(id.0, self.epoch);
+            work.retired.push(Op::RetireService { id });
+        }
+        for id in orphans.backends {
+            self.backend_ids.rest(id.0, self.epoch);
+            work.retired.push(Op::RetireBackend { id });
+        }
+        for at in orphans.unlisted {
+            if let Some(backend) = self.backends.get_mut(&at) {
+                backend.users -= 1;
+                work.left.push(at);
+            }
+        }
+    }
+}
+
+/// No frontend comes before it.
+const FIRST_FRONTEND: FrontendAddr = FrontendAddr {
+    addr: Addr::UNSPECIFIED_V6,
+    port: proxy_common::addr::Port(0),
+    proto: proxy_common::addr::Proto(0),
+};
+
+/// The claim of a port on one of its frontends.
+pub(super) fn claim(name: &Arc<PortName>, port: &Port, frontend: &PlannedFrontend) -> Claim {
+    Claim {
+        is_held: port.is_held,
+        kind: frontend.kind,
+        created: port.created,
+        owner: name.clone(),
+        value: FrontendValue { service: port.id.0, flags: frontend.flags },
+    }
+}
+
+/// True if nothing differs that this node's entries depend on.
+fn is_same_node(old: &Snapshot, new: &Snapshot) -> bool {
+    let same_objects = old.nodes.ptr_eq(&new.nodes) && old.service_cidrs.ptr_eq(&new.service_cidrs);
+    same_objects && Arc::ptr_eq(&old.facts, &new.facts) && old.pending.is_empty() == new.pending.is_empty()
+}
+
+/// Services of which the object or the endpoints differ.
+fn differing(old: &Snapshot, new: &Snapshot) -> BTreeSet<ServiceKey> {
+    let services = old.services.diff(&new.services).map(key_of);
+    let endpoints = old.endpoints.diff(&new.endpoints).map(key_of);
+    services.chain(endpoints).cloned().collect()
+}
+
+fn key_of<'a, V>(item: imbl::ordmap::DiffItem<'a, 'a, ServiceKey, V>) -> &'a ServiceKey {
+    match item {
+        imbl::ordmap::DiffItem::Add(key, _) | imbl::ordmap::DiffItem::Remove(key, _) => key,
+        imbl::ordmap::DiffItem::Update { new: (key, _), .. } => key,
+    }
+}
+
+fn owned_by(id: ServiceId, slots: &[BackendId]) -> Vec<Slot> {
+    slots.iter().map(|backend| Slot { backend: backend.0, owner: id.0 }).collect()
+}
+
+fn record(layout: &Layout, stretch: Stretch, affinity: u32) -> ServiceRecord {
+    let place = |range: Range| match range.count {
+        0 => range.pack(),
+        count => Range { base: stretch.base + range.base, count }.pack(),
+    };
+    ServiceRecord { cluster: place(layout.cluster), local: place(layout.local), affinity, reserved: 0 }
 }
