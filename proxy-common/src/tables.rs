@@ -42,7 +42,7 @@ pub trait Tables {
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue>;
     /// Remembers the backend a client has.
     fn set_affinity(&self, key: &AffinityKey, value: &AffinityValue);
-    /// Adds one to a service's counter and, for packets, to its packets and bytes.
+    /// Adds one to a service's counter.
     fn count(&self, service: u32, event: Event);
     /// Counts a drop.
     fn count_drop(&self, reason: DropReason);
@@ -52,6 +52,9 @@ pub trait Tables {
 pub trait Flows: Tables {
     /// An established flow entry.
     fn established(&self, key: &FlowKey) -> Option<FlowRef<'_>>;
+    /// Room for one entry that is being made; its content is left over from the last. (The kernel's stack is 512 bytes.)
+    #[expect(clippy::mut_from_ref, reason = "one program a CPU uses it, and holds it once")]
+    fn draft(&self) -> Option<&mut FlowValue>;
     /// A pending flow entry.
     fn pending(&self, key: &FlowKey) -> Option<FlowRef<'_>>;
     /// Stores a pending entry; with `new_only` false is returned if there is one already.
@@ -81,8 +84,8 @@ pub trait Flows: Tables {
     fn ifindex(&self) -> u32;
     /// The address this node would use as source towards `dst`, asked for a packet from `src`.
     fn source_towards(&self, src: &Addr, dst: &Addr) -> Option<Addr>;
-    /// The MAC address of `dst` if it is a neighbour on the bridge that this packet's device is a port of.
-    fn bridge_neighbour(&self, src: &Addr, dst: &Addr) -> Option<[u16; 3]>;
+    /// Where `dst` is, seen from the bridge that this packet's device is a port of.
+    fn bridge_neighbour(&self, src: &Addr, dst: &Addr) -> Neighbour;
     /// What the kernel's connection tracking knows of a tuple.
     fn tracked(&self, tuple: &Tuple) -> Tracked;
     /// True if a socket of this node is connected with exactly this tuple (source is the peer).
@@ -100,6 +103,17 @@ pub enum Tracked {
     Translated,
 }
 
+/// Where an address is, seen from a bridge.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Neighbour {
+    /// Not on this bridge, or the device is no bridge port.
+    Elsewhere,
+    /// On this bridge, its MAC address is not known yet.
+    Unresolved,
+    /// On this bridge, at this MAC address (as on the wire).
+    At([u16; 3]),
+}
+
 /// What a service's counters count.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Event {
@@ -107,8 +121,6 @@ pub enum Event {
     Flow,
     /// A socket was sent to a backend.
     Socket,
-    /// A packet was translated.
-    Packet,
     /// A connection found no backend.
     NoBackend,
 }

@@ -79,6 +79,8 @@ impl FlowValue {
     pub const DIRECT: u32 = 1 << 2;
     /// Affinity is written when the flow is promoted.
     pub const AFFINITY: u32 = 1 << 3;
+    /// front: the backend is on the client's bridge, its MAC address was not known when the flow was opened.
+    pub const WANTS_MAC: u32 = 1 << 4;
 
     /// True if any of `flags` is set.
     #[inline(always)]
@@ -141,6 +143,13 @@ impl<'a> FlowRef<'a> {
     pub fn set_mac(&self, mac: [u16; 3]) {
         // SAFETY: valid by `new`.
         unsafe { (&raw mut (*self.entry).mac).write_volatile(mac) }
+    }
+
+    /// The whole entry, to copy it elsewhere.
+    #[inline(always)]
+    pub fn with<T>(&self, read: impl FnOnce(&FlowValue) -> T) -> T {
+        // SAFETY: valid by `new`; a changing word that is replaced meanwhile is copied old or new.
+        read(unsafe { &*self.entry })
     }
 
     /// A field that does not change.

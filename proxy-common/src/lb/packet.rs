@@ -20,7 +20,7 @@ use crate::lb::flow::{self, Hot, Proof};
 use crate::lb::pick::{self, Client, Frontend, Pick};
 use crate::lb::select;
 use crate::lb::tuple::Tuple;
-use crate::tables::{Event, Flows, Tracked};
+use crate::tables::{Event, Flows, Neighbour, Tracked};
 use crate::verdict::{DropReason, Refusal};
 use crate::wire::header::tcp;
 use crate::wire::{Kind, Parsed};
@@ -54,6 +54,9 @@ pub struct Rewrite {
 
 const PASS: Verdict = Verdict::Pass;
 
+// What only opening, promoting and ending a flow need is marked `inline(never)`: in the kernel half each such function
+// takes its turn on a stack of 512 bytes. Everything else is inlined, so that a decision stays in registers.
+
 /// Where a packet hook is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Hook {
@@ -61,44 +64,122 @@ enum Hook {
     Egress = 1,
 }
 
-/// Decides on a packet that enters by a device.
+/// Decides on a packet that enters by a device, if that takes nothing but look-ups: traffic that is not ours, and packets
+/// in the middle of an established flow. `None`: ask [`ingress`], which gives the same answer where this one gives one.
+///
+/// The kernel half runs the two as separate programs, so that the many packets do not carry the weight of the few.
 #[inline(always)]
-pub fn ingress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
-    // Broadcast and multicast are nobody's VIP, and an error is only ours if it goes to the sender of what it quotes.
-    if packet.outer_dst.is_multicast_or_broadcast() || packet.outer_dst != packet.tuple.dst {
-        return PASS;
+pub fn ingress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
+    let tuple = &packet.tuple;
+    if tuple.dst.is_multicast_or_broadcast() {
+        return Some(PASS);
     }
-    let class = flows.address(&packet.tuple.dst);
-    if class.flags == 0 {
-        return unknown_address(flows, packet);
+    let class = flows.address(&tuple.dst);
+    if class.flags == 0 && packet.kind != Kind::IcmpError {
+        return Some(unknown_address(flows, packet));
     }
-    let ports = if class.has(AddressClass::NODE) && !fragment_without_ports(packet) {
+    if packet.kind != Kind::Transport || packet.first_fragment {
+        return None;
+    }
+    let ports = uses_of(flows, class, packet);
+    if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
+        if let Some(flow) = flows.established(&tuple.snat_key()) {
+            return Some(Verdict::Rewrite(to_peer(flow)));
+        }
+    }
+    let is_tcp = tuple.proto == Proto::TCP;
+    if !is_dialled(class, ports) {
+        if !class.has(AddressClass::BACKEND) {
+            return if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) { None } else { Some(PASS) };
+        }
+        let opens = packet.tcp_flags & tcp::SYN != 0 || !is_tcp;
+        return if opens && find(flows, &tuple.plain_key().0).is_some() { None } else { Some(PASS) };
+    }
+    if packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
+        return None;
+    }
+    let front = flows.established(&tuple.front_key())?;
+    let mut rewrite = to_peer(front);
+    rewrite.mac = front.fixed(|value| value.mac);
+    let wants_mac = rewrite.mac == [0; 3] && front.fixed(|value| value.has(FlowValue::WANTS_MAC));
+    let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
+    if wants_mac || !is_tcp && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite) {
+        return None;
+    }
+    Some(Verdict::Rewrite(rewrite))
+}
+
+/// What the destination port is used for, if the destination is this node; any use for other addresses.
+#[inline(always)]
+fn uses_of<F: Flows>(flows: &F, class: AddressClass, packet: &Parsed) -> PortUse {
+    if class.has(AddressClass::NODE) && packet.kind != Kind::LaterFragment {
         flows.port_use(packet.tuple.dport.host())
     } else {
         PortUse(PortUse::NODE_PORT | PortUse::SNAT)
-    };
-    let ours = class.has(AddressClass::FRONTEND | AddressClass::FLOWS | AddressClass::BACKEND) || ports.0 != 0;
-    match packet.kind {
-        _ if !ours => PASS,
-        Kind::Transport | Kind::LaterFragment => {
-            if !fragment_ports(flows, packet, Hook::Ingress) {
-                return unknown_fragment(class);
-            }
-            transport(flows, packet, class, ports)
-        }
-        Kind::IcmpError => icmp_error(flows, packet, class, ports),
-        Kind::IcmpRedirect => PASS,
-        Kind::Echo | Kind::Other if class.has(AddressClass::CLUSTER_IP) => {
-            let reason =
-                if packet.kind == Kind::Echo { DropReason::UnknownPort } else { DropReason::UnsupportedProtocol };
-            Verdict::Refuse(reason, Refusal::Reject)
-        }
-        Kind::Echo | Kind::Other => PASS,
     }
 }
 
-const fn fragment_without_ports(packet: &Parsed) -> bool {
-    matches!(packet.kind, Kind::LaterFragment)
+/// True if the destination may be a frontend, or was one.
+#[inline(always)]
+const fn is_dialled(class: AddressClass, ports: PortUse) -> bool {
+    class.has(AddressClass::FRONTEND | AddressClass::FLOWS)
+        || class.has(AddressClass::NODE) && ports.has(PortUse::NODE_PORT)
+}
+
+/// Decides on a packet that enters by a device: the stages below, one after the other.
+#[inline(always)]
+pub fn ingress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
+    match ingress_flow(flows, packet) {
+        Step::Done(verdict) => verdict,
+        Step::Open { clash } => match ingress_open(flows, packet, clash) {
+            Ok(target) => create(flows, packet, &target),
+            Err(verdict) => verdict,
+        },
+    }
+}
+
+/// What the first stage of [`ingress`] comes to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// The answer.
+    Done(Verdict),
+    /// No flow has this packet; [`ingress_open`] is asked.
+    Open {
+        /// Its client port towards the backend is known to be another connection's.
+        clash: bool,
+    },
+}
+
+/// First stage: fragments, ICMP errors, packets of known flows; these are promoted and ended here.
+#[inline(always)]
+pub fn ingress_flow<F: Flows>(flows: &F, packet: &mut Parsed) -> Step {
+    // Broadcast and multicast are nobody's VIP, and an error is only ours if it goes to the sender of what it quotes.
+    if packet.outer_dst.is_multicast_or_broadcast() || packet.outer_dst != packet.tuple.dst {
+        return Step::Done(PASS);
+    }
+    let class = flows.address(&packet.tuple.dst);
+    if class.flags == 0 {
+        return Step::Done(unknown_address(flows, packet));
+    }
+    let ports = uses_of(flows, class, packet);
+    let ours = is_dialled(class, ports) || class.has(AddressClass::BACKEND) || ports.has(PortUse::SNAT);
+    match packet.kind {
+        _ if !ours => Step::Done(PASS),
+        Kind::Transport | Kind::LaterFragment => {
+            if !fragment_ports(flows, packet, Hook::Ingress) {
+                return Step::Done(unknown_fragment(class));
+            }
+            transport(flows, packet, class, ports)
+        }
+        Kind::IcmpError => Step::Done(icmp_error(flows, packet, class, ports)),
+        Kind::IcmpRedirect => Step::Done(PASS),
+        Kind::Echo | Kind::Other if class.has(AddressClass::CLUSTER_IP) => {
+            let reason =
+                if packet.kind == Kind::Echo { DropReason::UnknownPort } else { DropReason::UnsupportedProtocol };
+            Step::Done(Verdict::Refuse(reason, Refusal::Reject))
+        }
+        Kind::Echo | Kind::Other => Step::Done(PASS),
+    }
 }
 
 /// An address that we know nothing of: dropped if it belongs to the services' range, else not ours.
@@ -123,7 +204,7 @@ const fn unknown_fragment(class: AddressClass) -> Verdict {
 }
 
 /// Remembers the ports of a first fragment, fills in those of a later one; false if they are not known.
-#[inline(always)]
+#[inline(never)]
 fn fragment_ports<F: Flows>(flows: &F, packet: &mut Parsed, hook: Hook) -> bool {
     if packet.kind == Kind::Transport && !packet.first_fragment {
         return true;
@@ -167,81 +248,91 @@ fn to_peer(flow: FlowRef<'_>) -> Rewrite {
 
 /// TCP and UDP at ingress.
 #[inline(always)]
-fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse) -> Verdict {
-    let tuple = &packet.tuple;
+fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse) -> Step {
     if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
-        if let Some(flow) = find(flows, &tuple.snat_key()) {
-            return Verdict::Rewrite(to_peer(flow));
+        if let Some(flow) = snat_entry(flows, packet) {
+            return Step::Done(Verdict::Rewrite(to_peer(flow)));
         }
     }
-    let dialled = class.has(AddressClass::FRONTEND | AddressClass::FLOWS)
-        || class.has(AddressClass::NODE) && ports.has(PortUse::NODE_PORT);
-    if dialled {
-        let key = tuple.front_key();
-        if let Some(flow) = flows.established(&key) {
-            match known(flows, packet, flow, true) {
-                Known::Rewrite(rewrite) => return Verdict::Rewrite(rewrite),
-                Known::Gone => {}
-                Known::Clash => return open(flows, packet, class, ports, true),
-            }
-        } else if let Some(flow) = flows.pending(&key) {
-            match known(flows, packet, flow, false) {
-                Known::Rewrite(rewrite) => return Verdict::Rewrite(rewrite),
-                Known::Gone => {}
-                Known::Clash => return open(flows, packet, class, ports, true),
-            }
-        }
-    } else if !class.has(AddressClass::BACKEND) {
-        return PASS;
+    if !is_dialled(class, ports) {
+        return if class.has(AddressClass::BACKEND) { Step::Open { clash: false } } else { Step::Done(PASS) };
     }
-    open(flows, packet, class, ports, false)
+    match known(flows, packet) {
+        Known::Rewrite(rewrite) => Step::Done(Verdict::Rewrite(rewrite)),
+        Known::Nothing => Step::Open { clash: false },
+        Known::Clash => Step::Open { clash: true },
+    }
 }
 
-/// What becomes of a packet from a client whose front entry exists.
+#[inline(never)]
+fn snat_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>> {
+    find(flows, &packet.tuple.snat_key())
+}
+
+/// The front entry of a client's packet, and whether it is established.
+#[inline(never)]
+fn front_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<(FlowRef<'a>, bool)> {
+    let key = packet.tuple.front_key();
+    match flows.established(&key) {
+        Some(front) => Some((front, true)),
+        None => flows.pending(&key).map(|front| (front, false)),
+    }
+}
+
+/// The plain entry of a flow, given its client's packet and the rewrite of its front entry.
+#[inline(never)]
+fn plain_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed, rewrite: &Rewrite) -> Option<FlowRef<'a>> {
+    find(flows, &plain_tuple(&packet.tuple, rewrite).plain_key().0)
+}
+
+/// What becomes of a client's packet by the entries that exist.
 enum Known {
     /// It goes to the flow's backend.
     Rewrite(Rewrite),
-    /// The flow is over and has been removed.
-    Gone,
+    /// There is no flow, or it is over and has been removed.
+    Nothing,
     /// Its tuple towards the backend belongs to another connection; it has been removed.
     Clash,
 }
 
-/// A packet of a known flow, from its client.
+/// A packet from a client: of which flow, and what it changes about it.
 #[inline(always)]
-fn known<F: Flows>(flows: &F, packet: &Parsed, front: FlowRef<'_>, established: bool) -> Known {
+fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
+    let Some((front, established)) = front_entry(flows, packet) else { return Known::Nothing };
     let mut rewrite = to_peer(front);
-    let id = front.fixed(|value| value.backend);
     let is_tcp = packet.tuple.proto == Proto::TCP;
     let opens = is_tcp && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
     let closes = is_tcp && packet.tcp_flags & (tcp::FIN | tcp::RST) != 0;
     let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
-    let gone = (opens || !is_tcp) && !direct && !is_same_backend(flows, id, &rewrite);
+    let gone = (opens || !is_tcp)
+        && !direct
+        && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite);
     if opens || closes || !established || gone {
-        let (key, _) = plain_tuple(&packet.tuple, &rewrite).plain_key();
-        let Some(plain) = find(flows, &key) else {
-            flows.remove(&packet.tuple.front_key());
-            return Known::Gone;
+        let Some(plain) = plain_entry(flows, packet, &rewrite) else {
+            remove_front(flows, packet);
+            return Known::Nothing;
         };
         let hot = Hot::unpack(plain.hot());
-        if gone || opens && hot.is_finished() {
+        let clash = opens && hot.state & Hot::CLASH != 0;
+        if gone || clash || opens && hot.is_finished() {
             remove_flow(flows, &packet.tuple, &rewrite, plain);
-            return Known::Gone;
-        }
-        if opens && hot.state & Hot::CLASH != 0 {
-            remove_flow(flows, &packet.tuple, &rewrite, plain);
-            return Known::Clash;
+            return if clash { Known::Clash } else { Known::Nothing };
         }
         let after = hot.after(flows.now(), packet.tcp_flags, true);
         if after != hot {
             plain.set_hot(after.pack());
         }
         if !established && is_proven(packet, plain) {
-            promote(flows, packet, &rewrite, front, plain, &key);
+            promote(flows, packet, &rewrite, front, plain);
         }
     }
     rewrite.mac = bridge_mac(flows, packet, front, &rewrite);
     Known::Rewrite(rewrite)
+}
+
+#[inline(never)]
+fn remove_front<F: Flows>(flows: &F, packet: &Parsed) {
+    flows.remove(&packet.tuple.front_key());
 }
 
 /// True if the id still names the backend of a flow.
@@ -271,51 +362,54 @@ fn is_proven(packet: &Parsed, plain: FlowRef<'_>) -> bool {
 
 /// Moves a flow to the established ones: the entries that replies need first. If they have no room it stays pending.
 #[inline(always)]
-fn promote<F: Flows>(
-    flows: &F,
-    packet: &Parsed,
-    rewrite: &Rewrite,
-    front: FlowRef<'_>,
-    plain: FlowRef<'_>,
-    plain_key: &FlowKey,
-) {
+fn promote<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>, plain: FlowRef<'_>) {
     let hot = Hot::unpack(plain.hot());
     plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::ESTABLISHED }.pack());
-    if !flows.establish(plain_key, plain) {
+    if !promote_plain(flows, packet, rewrite, plain) {
         flows.count_drop(DropReason::FlowTable);
         return;
     }
     let snat = front.fixed(|value| value.has(FlowValue::SNAT));
-    let snat_key = snat_tuple(packet, rewrite, front).snat_key();
-    if snat {
-        let moved = match flows.pending(&snat_key) {
-            Some(entry) => flows.establish(&snat_key, entry),
-            None => false,
-        };
-        if !moved {
-            flows.remove_established(plain_key);
-            return;
-        }
-    }
-    let front_key = packet.tuple.front_key();
-    if !flows.establish(&front_key, front) {
+    if snat && !promote_snat(flows, packet, rewrite, front) || !promote_front(flows, packet, front) {
         flows.count_drop(DropReason::FlowTable);
-        flows.remove_established(plain_key);
-        if snat {
-            flows.remove_established(&snat_key);
-        }
+        demote(flows, packet, rewrite, front);
         return;
-    }
-    flows.remove_pending(&front_key);
-    flows.remove_pending(plain_key);
-    if snat {
-        flows.remove_pending(&snat_key);
     }
     let service = rewrite.service;
     flows.count(service, Event::Flow);
     if front.fixed(|value| value.has(FlowValue::AFFINITY)) {
         let backend = front.fixed(|value| value.backend);
         pick::remember(flows, &pick::affinity_of_address(&packet.tuple.src, service), backend, flows.now());
+    }
+}
+
+// The pending entries stay where they are: an established one is found first, and the LRU forgets the others.
+
+#[inline(never)]
+fn promote_plain<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, plain: FlowRef<'_>) -> bool {
+    flows.establish(&plain_tuple(&packet.tuple, rewrite).plain_key().0, plain)
+}
+
+#[inline(never)]
+fn promote_snat<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) -> bool {
+    let key = snat_tuple(packet, rewrite, front).snat_key();
+    match flows.pending(&key) {
+        Some(entry) => flows.establish(&key, entry),
+        None => false,
+    }
+}
+
+#[inline(never)]
+fn promote_front<F: Flows>(flows: &F, packet: &Parsed, front: FlowRef<'_>) -> bool {
+    flows.establish(&packet.tuple.front_key(), front)
+}
+
+/// Takes back a promotion that came half way.
+#[inline(never)]
+fn demote<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) {
+    flows.remove_established(&plain_tuple(&packet.tuple, rewrite).plain_key().0);
+    if front.fixed(|value| value.has(FlowValue::SNAT)) {
+        flows.remove_established(&snat_tuple(packet, rewrite, front).snat_key());
     }
 }
 
@@ -332,7 +426,7 @@ fn snat_tuple(packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) -> Tuple {
 }
 
 /// Removes all entries of a flow, the forward ones first.
-#[inline(always)]
+#[inline(never)]
 fn remove_flow<F: Flows>(flows: &F, tuple: &Tuple, rewrite: &Rewrite, plain: FlowRef<'_>) {
     flows.remove(&tuple.front_key());
     if plain.fixed(|value| value.has(FlowValue::SNAT)) {
@@ -349,59 +443,60 @@ fn remove_flow<F: Flows>(flows: &F, tuple: &Tuple, rewrite: &Rewrite, plain: Flo
 }
 
 /// Where to send the frame when client and backend are ports of one bridge: the reply will be switched past the IP stack,
-/// so this packet must be too (else the kernel's connection tracking sees half a connection).
+/// so this packet must be too (else the kernel's connection tracking sees half a connection). While the neighbour is not
+/// known the stack finds it.
 #[inline(always)]
 fn bridge_mac<F: Flows>(flows: &F, packet: &Parsed, front: FlowRef<'_>, rewrite: &Rewrite) -> [u16; 3] {
     let known = front.fixed(|value| value.mac);
-    if known != [0; 3] || front.fixed(|value| value.has(FlowValue::SNAT)) {
+    if known != [0; 3] || !front.fixed(|value| value.has(FlowValue::WANTS_MAC)) {
         return known;
     }
     match flows.bridge_neighbour(&packet.tuple.src, &rewrite.addr) {
-        Some(mac) => {
+        Neighbour::At(mac) => {
             front.set_mac(mac);
             mac
         }
-        None => known,
+        Neighbour::Unresolved | Neighbour::Elsewhere => known,
     }
 }
 
-/// A packet without a flow.
+/// Second stage: where a packet without a flow goes, if it opens one. `clash`: as the first stage said.
 #[inline(always)]
-fn open<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse, clash: bool) -> Verdict {
+pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result<Target, Verdict> {
     let tuple = &packet.tuple;
+    let class = flows.address(&tuple.dst);
+    let ports = uses_of(flows, class, packet);
     let found = pick::find_frontend(flows, class, ports, &tuple.dst, tuple.dport, tuple.proto);
     let is_tcp = tuple.proto == Proto::TCP;
     let opens = !is_tcp || packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN;
     let Some(frontend) = found else {
         return if class.has(AddressClass::CLUSTER_IP) {
-            no_frontend(flows, packet, opens)
+            Err(no_frontend(flows, packet, opens))
         } else if class.has(AddressClass::BACKEND) && opens {
             direct(flows, packet)
         } else {
-            PASS
+            Err(PASS)
         };
     };
     if packet.kind == Kind::LaterFragment {
         // The first fragment was refused, or its flow is gone.
-        return Verdict::Refuse(DropReason::FragmentUnknown, Refusal::Drop);
+        return Err(Verdict::Refuse(DropReason::FragmentUnknown, Refusal::Drop));
     }
-    if !opens || !is_tcp {
-        // A connection that a predecessor translates by the kernel's connection tracking lives on there.
-        if flows.tracked(tuple) == Tracked::Translated {
-            return PASS;
-        }
+    // A connection that a predecessor translates by the kernel's connection tracking lives on there.
+    if (!opens || !is_tcp) && flows.tracked(tuple) == Tracked::Translated {
+        return Err(PASS);
     }
     if !opens {
-        return if frontend.value.has(FrontendValue::CLUSTER_IP) {
+        return Err(if frontend.value.has(FrontendValue::CLUSTER_IP) {
             Verdict::Refuse(DropReason::NoConnection, Refusal::Reject)
         } else {
             PASS
-        };
+        });
     }
     if !is_tcp && frontend.by_node_port && flows.has_connected_socket(tuple) {
-        return PASS;
+        return Err(PASS);
     }
-    open_flow(flows, packet, frontend, clash)
+    backend(flows, packet, frontend).map(|target| Target { clash, ..target })
 }
 
 /// A port of a ClusterIP that no service has.
@@ -444,9 +539,9 @@ fn needs_snat<F: Flows>(flows: &F, tuple: &Tuple, frontend: FrontendValue, pick:
     }
 }
 
-/// Opens a flow through a frontend.
-#[inline(always)]
-fn open_flow<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, clash: bool) -> Verdict {
+/// The backend that a frontend gives a client, and the source that the backend is to see.
+#[inline(never)]
+fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend) -> Result<Target, Verdict> {
     let tuple = &packet.tuple;
     let service = frontend.value.service;
     let client = client_of(flows, tuple, service);
@@ -454,7 +549,7 @@ fn open_flow<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, clash: bo
         Ok(pick) => pick,
         Err((reason, refusal)) => {
             flows.count(service, Event::NoBackend);
-            return Verdict::Refuse(reason, refusal);
+            return Err(Verdict::Refuse(reason, refusal));
         }
     };
     let mut flags = if pick.affine { FlowValue::AFFINITY } else { 0 };
@@ -462,102 +557,89 @@ fn open_flow<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, clash: bo
     if needs_snat(flows, tuple, frontend.value, &pick) {
         match flows.source_towards(&tuple.src, &pick.backend.addr) {
             Some(source) if !source.is_v6_link_local() => nat = source,
-            _ => return Verdict::Refuse(DropReason::NoRouteToBackend, Refusal::Drop),
+            _ => return Err(Verdict::Refuse(DropReason::NoRouteToBackend, Refusal::Drop)),
         }
         flags |= FlowValue::SNAT;
     }
-    let target = Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags };
-    insert(flows, packet, &target, clash)
+    Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags, clash: false })
 }
 
 /// A direct connection to a backend whose tuple a translated flow from the same device already has: it gets another
 /// source port, so that the backend's replies can be told apart.
-#[inline(always)]
-fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
+#[inline(never)]
+fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
     let tuple = &packet.tuple;
     if packet.kind == Kind::LaterFragment {
-        return PASS;
+        return Err(PASS);
     }
-    let Some(plain) = find(flows, &tuple.plain_key().0) else { return PASS };
+    let Some(plain) = find(flows, &tuple.plain_key().0) else { return Err(PASS) };
     // Met again at another device it is the translated packet itself.
     if plain.fixed(|value| value.ifindex) != flows.ifindex() || plain.fixed(|value| value.has(FlowValue::DIRECT)) {
-        return PASS;
+        return Err(PASS);
     }
     if Hot::unpack(plain.hot()).is_finished() {
-        return PASS;
+        return Err(PASS);
     }
     flows.set_flows_of(&tuple.dst);
-    let target = Target {
+    Ok(Target {
         addr: tuple.dst,
         port: tuple.dport,
         id: 0,
         service: 0,
         nat: Addr::UNSPECIFIED_V6,
         flags: FlowValue::DIRECT,
-    };
-    insert(flows, packet, &target, true)
+        clash: true,
+    })
 }
 
 /// Where a new flow goes.
-#[derive(Clone, Copy)]
-struct Target {
-    addr: Addr,
-    port: Be16,
-    id: u32,
-    service: u32,
-    nat: Addr,
-    flags: u32,
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// The backend.
+    pub addr: Addr,
+    /// The backend.
+    pub port: Be16,
+    /// Its id.
+    pub id: u32,
+    /// The service.
+    pub service: u32,
+    /// The rewritten source, if `flags` say so.
+    pub nat: Addr,
+    /// Flags of [`FlowValue`].
+    pub flags: u32,
+    /// The client's port towards the backend is known to be another connection's.
+    pub clash: bool,
 }
 
-/// Stores the entries of a new flow: plain, under a source port that nobody else uses towards the backend; snat likewise;
-/// front last, since it is what packets find.
+/// Last stage: stores the entries of a new flow: plain, under a source port that nobody else uses towards the backend; snat
+/// likewise; front last, since it is what packets find.
 #[inline(always)]
-fn insert<F: Flows>(flows: &F, packet: &Parsed, target: &Target, clash: bool) -> Verdict {
+pub fn create<F: Flows>(flows: &F, packet: &Parsed, target: &Target) -> Verdict {
     let tuple = &packet.tuple;
-    let now = flows.now();
-    let mut value = FlowValue::ZERO;
-    value.hot = Hot { seen: now, state: 0 }.pack();
-    value.peer = tuple.dst;
-    value.peer_port = tuple.dport;
-    value.nat = target.nat;
-    value.service = target.service;
-    value.backend = target.id;
-    value.ifindex = flows.ifindex();
-    value.flags = target.flags;
-
-    let mut plain = Tuple { src: tuple.src, dst: target.addr, sport: tuple.sport, dport: target.port, proto: tuple.proto };
-    let taken = clash || tuple.proto != Proto::TCP && flows.tracked(&plain) != Tracked::Unknown;
-    if taken || !claim_plain(flows, &plain, &mut value) {
-        value.alias_port = tuple.sport;
-        if !search_port(flows, tuple, |port| {
-            plain.sport = port;
-            claim_plain(flows, &plain, &mut value)
-        }) {
-            return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
-        }
+    let Some(value) = flows.draft() else {
+        return Verdict::Refuse(DropReason::FlowTable, Refusal::Drop);
+    };
+    *value = FlowValue {
+        hot: Hot { seen: flows.now(), state: 0 }.pack(),
+        peer: tuple.dst,
+        peer_port: tuple.dport,
+        nat: target.nat,
+        service: target.service,
+        backend: target.id,
+        ifindex: flows.ifindex(),
+        flags: target.flags,
+        ..FlowValue::ZERO
+    };
+    let sport = take_source_port(flows, tuple, target, value);
+    if sport.is_zero() {
+        return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
     }
-    let (plain_key, _) = plain.plain_key();
-    if value.has(FlowValue::SNAT) {
-        if !claim_snat(flows, &plain, &mut value) {
-            flows.remove_pending(&plain_key);
-            return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
-        }
-        value.peer = tuple.dst;
-        value.peer_port = tuple.dport;
-        flows.insert_pending(&plain_key, &value, false);
+    if value.has(FlowValue::SNAT) && !take_nat_port(flows, tuple, target, value, sport) {
+        remove_plain(flows, tuple, target, sport);
+        return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
     }
-    value.peer = target.addr;
-    value.peer_port = target.port;
-    value.alias_port = if plain.sport == tuple.sport { Be16::ZERO } else { plain.sport };
-    if !value.has(FlowValue::SNAT) {
-        if let Some(mac) = flows.bridge_neighbour(&tuple.src, &target.addr) {
-            value.mac = mac;
-        }
-    }
-    if !flows.insert_pending(&tuple.front_key(), &value, false) {
-        // Not remembered, but the pick can be derived again: the packet goes on.
-        flows.count_drop(DropReason::FlowTable);
-    }
+    value.alias_port = if sport == tuple.sport { Be16::ZERO } else { sport };
+    store_front(flows, tuple, target, value);
     Verdict::Rewrite(Rewrite {
         addr: target.addr,
         port: target.port,
@@ -567,8 +649,64 @@ fn insert<F: Flows>(flows: &F, packet: &Parsed, target: &Target, clash: bool) ->
     })
 }
 
-/// Stores the plain entry of a flow if its key is free; a finished or outlived one is no hindrance.
 #[inline(always)]
+fn towards(tuple: &Tuple, target: &Target, sport: Be16) -> Tuple {
+    Tuple { src: tuple.src, dst: target.addr, sport, dport: target.port, proto: tuple.proto }
+}
+
+/// Stores the plain entry under the client's own port, or under an alias if that is taken; the port it got, or zero.
+#[inline(never)]
+fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue) -> Be16 {
+    let mut plain = towards(tuple, target, tuple.sport);
+    let taken = target.clash || tuple.proto != Proto::TCP && flows.tracked(&plain) != Tracked::Unknown;
+    if !taken && claim_plain(flows, &plain, value) {
+        return tuple.sport;
+    }
+    value.alias_port = tuple.sport;
+    let found = search_port(flows, tuple, |port| {
+        plain.sport = port;
+        claim_plain(flows, &plain, value)
+    });
+    if found { plain.sport } else { Be16::ZERO }
+}
+
+/// Stores the snat entry, and the plain entry again with what it got.
+#[inline(never)]
+fn take_nat_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue, sport: Be16) -> bool {
+    let plain = towards(tuple, target, sport);
+    if !claim_snat(flows, &plain, value) {
+        return false;
+    }
+    value.peer = tuple.dst;
+    value.peer_port = tuple.dport;
+    value.alias_port = if sport == tuple.sport { Be16::ZERO } else { tuple.sport };
+    flows.insert_pending(&plain.plain_key().0, value, false)
+}
+
+#[inline(never)]
+fn remove_plain<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, sport: Be16) {
+    flows.remove_pending(&towards(tuple, target, sport).plain_key().0);
+}
+
+/// Stores the front entry. If it cannot be, the pick can be derived again: the packet goes on.
+#[inline(never)]
+fn store_front<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue) {
+    value.peer = target.addr;
+    value.peer_port = target.port;
+    if !value.has(FlowValue::SNAT) {
+        match flows.bridge_neighbour(&tuple.src, &target.addr) {
+            Neighbour::At(mac) => value.mac = mac,
+            Neighbour::Unresolved => value.flags |= FlowValue::WANTS_MAC,
+            Neighbour::Elsewhere => {}
+        }
+    }
+    if !flows.insert_pending(&tuple.front_key(), value, false) {
+        flows.count_drop(DropReason::FlowTable);
+    }
+}
+
+/// Stores the plain entry of a flow if its key is free; a finished or outlived one is no hindrance.
+#[inline(never)]
 fn claim_plain<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> bool {
     let (key, client_is_a) = plain.plain_key();
     value.flags = value.flags & !FlowValue::CLIENT_IS_A | if client_is_a { FlowValue::CLIENT_IS_A } else { 0 };
@@ -600,22 +738,21 @@ fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> bool
         Tuple { src: plain.dst, dst: value.nat, sport: plain.dport, dport: plain.sport, proto: plain.proto };
     value.peer = plain.src;
     value.peer_port = plain.sport;
-    let alias = value.alias_port;
     value.alias_port = Be16::ZERO;
-    let found = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value)
+    let kept = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value);
+    if kept {
+        flows.set_snat_port(plain.sport.host());
+    }
+    let found = kept
         || search_port(flows, plain, |port| {
             reply.dport = port;
             claim_reply(flows, &reply, value)
         });
-    value.alias_port = alias;
     value.nat_port = reply.dport;
-    if found && reply.dport == plain.sport {
-        flows.set_snat_port(reply.dport.host());
-    }
     found
 }
 
-#[inline(always)]
+#[inline(never)]
 fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> bool {
     let key = reply.snat_key();
     if flows.established(&key).is_some() || !flows.insert_pending(&key, value, true) {
@@ -651,7 +788,7 @@ fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16) -
         return false;
     }
     let count = last - first + 1;
-    let start = select::position(select::hash_tuple(config.hash_key, tuple) >> 32, count);
+    let start = select::position(port_hash(flows, tuple), count);
     flows.search(count, |step| {
         let offset = start + step;
         let offset = if offset >= count { offset - count } else { offset };
@@ -659,8 +796,13 @@ fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16) -
     })
 }
 
+#[inline(never)]
+fn port_hash<F: Flows>(flows: &F, tuple: &Tuple) -> u64 {
+    flows.config().map_or(0, |config| select::hash_tuple(config.hash_key, tuple) >> 32)
+}
+
 /// An ICMP error at ingress: about a packet we sent with a rewritten source, or about a reply from a frontend.
-#[inline(always)]
+#[inline(never)]
 fn icmp_error<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse) -> Verdict {
     let tuple = &packet.tuple;
     if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {

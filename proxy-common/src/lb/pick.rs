@@ -75,10 +75,10 @@ pub struct Pick {
     pub affine: bool,
 }
 
-/// Looks at a range again when its slots have meanwhile been given to another service.
-const RANGE_READS: usize = 3;
-
 /// The backend for a new connection, or why there is none.
+///
+/// A slot of another owner means that its range was given away while this was running, which userspace waits for not to
+/// happen: the packet is dropped, its retransmission finds the new range.
 #[inline(always)]
 pub fn pick<T: Tables>(
     tables: &T,
@@ -86,30 +86,26 @@ pub fn pick<T: Tables>(
     client: &Client,
     now: Seconds,
 ) -> Result<Pick, (DropReason, Refusal)> {
+    let service = frontend.service;
     let local = frontend.has(if client.inside { FrontendValue::INSIDE_LOCAL } else { FrontendValue::OUTSIDE_LOCAL });
-    let timeout = tables.affinity_timeout(frontend.service);
-    for _ in 0..RANGE_READS {
-        let Some(range) = tables.range(frontend.service, local) else { break };
-        if range.count == 0 {
-            return Err(nobody(range));
-        }
-        if timeout != 0 {
-            if let Some(pick) = remembered(tables, range, client, timeout, now) {
-                return Ok(pick);
-            }
-        }
-        let position = range.base.wrapping_add(select::position(client.hash, range.count));
-        let Some(slot) = tables.slot(position) else { break };
-        if slot.owner != frontend.service {
-            continue;
-        }
-        if let Some(backend) = tables.backend(slot.backend) {
-            if backend.is_live() {
-                return Ok(Pick { id: slot.backend, backend, affine: timeout != 0 });
-            }
+    let Some(range) = tables.range(service, local) else { return Err(nobody(Range::REJECT)) };
+    if range.count == 0 {
+        return Err(nobody(range));
+    }
+    let timeout = tables.affinity_timeout(service);
+    if timeout != 0 {
+        if let Some(pick) = remembered(tables, range, client, timeout, now) {
+            return Ok(pick);
         }
     }
-    Err((DropReason::NoEndpoint, Refusal::Reject))
+    let position = range.base.wrapping_add(select::position(client.hash, range.count));
+    match tables.slot(position) {
+        Some(slot) if slot.owner == service => match tables.backend(slot.backend) {
+            Some(backend) if backend.is_live() => Ok(Pick { id: slot.backend, backend, affine: timeout != 0 }),
+            _ => Err((DropReason::NoEndpoint, Refusal::Drop)),
+        },
+        _ => Err((DropReason::NoEndpoint, Refusal::Drop)),
+    }
 }
 
 #[inline(always)]

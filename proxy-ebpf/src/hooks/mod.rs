@@ -1,0 +1,6 @@
+//! The programs, one file a hook.
+
+mod socket;
+mod tc;
+
+pub use tc::Link;

@@ -1,0 +1,342 @@
+//! tcx (or clsact) programs: `ingress` and `egress` for Ethernet devices, `ingress_l3` and `egress_l3` for devices without
+//! a link layer, `ingress_port` for ports of a bridge.
+
+use crate::answer;
+use crate::counter;
+use crate::kernel::Device;
+use crate::maps;
+use crate::packet::SkBuff;
+use crate::tables::Env;
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::btf_maps::ProgramArray;
+use aya_ebpf::macros::{btf_map, classifier};
+use aya_ebpf::programs::TcContext;
+use core::mem::MaybeUninit;
+use proxy_common::lb::packet::{self, Rewrite, Step, Target, Verdict};
+use proxy_common::lb::rewrite::{self, End};
+use proxy_common::verdict::{DropReason, Refusal};
+use proxy_common::wire::{self, Kind, Packet, Parsed, header};
+
+/// Go on to the next program, then to the stack (TCX_NEXT is the same number).
+const NEXT: i32 = TC_ACT_UNSPEC;
+
+/// To this host (linux/if_packet.h).
+const PACKET_HOST: u32 = 0;
+
+/// Whether packets begin with an Ethernet header.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// They do.
+    Ethernet,
+    /// They begin with the IP header.
+    None,
+}
+
+/// Where a packet is: what the programs that are tail-called must know, kept in the packet's control block.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// Its link layer.
+    pub link: Link,
+    /// The end that changes here: the destination at ingress, the source at egress.
+    pub end: End,
+    /// The device is a port of a bridge.
+    pub is_port: bool,
+    /// What `packet::ingress_flow` said of the client's port.
+    pub clash: bool,
+}
+
+impl Place {
+    const L3: u32 = 1;
+    const EGRESS: u32 = 1 << 1;
+    const PORT: u32 = 1 << 2;
+    const CLASH: u32 = 1 << 3;
+
+    #[inline(always)]
+    fn pack(self) -> u32 {
+        let link = if self.link == Link::None { Self::L3 } else { 0 };
+        let end = if self.end == End::Source { Self::EGRESS } else { 0 };
+        let port = if self.is_port { Self::PORT } else { 0 };
+        link | end | port | if self.clash { Self::CLASH } else { 0 }
+    }
+
+    #[inline(always)]
+    fn unpack(word: u32) -> Self {
+        Self {
+            link: if word & Self::L3 != 0 { Link::None } else { Link::Ethernet },
+            end: if word & Self::EGRESS != 0 { End::Source } else { End::Destination },
+            is_port: word & Self::PORT != 0,
+            clash: word & Self::CLASH != 0,
+        }
+    }
+}
+
+/// Programs that others go on in: they have a stack of their own, and re-read the packet.
+#[btf_map]
+static programs: ProgramArray<6> = ProgramArray::new();
+/// Positions of the programs of the same names in the array.
+const FLOW: u32 = 0;
+const OPEN: u32 = 1;
+const CREATE: u32 = 2;
+const ANSWER: u32 = 3;
+const PULL: u32 = 4;
+const PULLED_EGRESS: u32 = 5;
+
+/// Goes on in another program. Comes back only if the agent has not filled the array yet.
+#[inline(always)]
+fn go_on(skb: SkBuff, place: Place, program: u32) {
+    skb.set_control(place.pack());
+    // SAFETY: the context of the running program.
+    let _ = unsafe { programs.tail_call(&TcContext::new(skb.0), program) };
+}
+
+#[classifier]
+pub fn ingress(ctx: TcContext) -> i32 {
+    enter(SkBuff(ctx.skb.skb), Place { link: Link::Ethernet, end: End::Destination, is_port: false, clash: false })
+}
+
+#[classifier]
+pub fn ingress_l3(ctx: TcContext) -> i32 {
+    enter(SkBuff(ctx.skb.skb), Place { link: Link::None, end: End::Destination, is_port: false, clash: false })
+}
+
+#[classifier]
+pub fn ingress_port(ctx: TcContext) -> i32 {
+    let skb = SkBuff(ctx.skb.skb);
+    if !goes_to_bridge(&skb) {
+        return NEXT;
+    }
+    enter(skb, Place { link: Link::Ethernet, end: End::Destination, is_port: true, clash: false })
+}
+
+#[classifier]
+pub fn egress(ctx: TcContext) -> i32 {
+    leave(SkBuff(ctx.skb.skb), Place { link: Link::Ethernet, end: End::Source, is_port: false, clash: false })
+}
+
+#[classifier]
+pub fn egress_l3(ctx: TcContext) -> i32 {
+    leave(SkBuff(ctx.skb.skb), Place { link: Link::None, end: End::Source, is_port: false, clash: false })
+}
+
+/// The room of this CPU for a parsed packet. Packet programs run with bottom halves off, one at a time, and those that are
+/// tail-called find here what the one before them left.
+#[inline(always)]
+fn parsed_room() -> Option<&'static mut MaybeUninit<Parsed>> {
+    // SAFETY: the map's element for this CPU, which only the running program uses.
+    maps::parsed_packets.get_ptr_mut(0).map(|room| unsafe { &mut *room })
+}
+
+/// The room of this CPU for what a flow is made of, likewise.
+#[inline(always)]
+fn target_room() -> Option<&'static mut MaybeUninit<Target>> {
+    // SAFETY: as in `parsed_room`.
+    maps::targets.get_ptr_mut(0).map(|room| unsafe { &mut *room })
+}
+
+/// Tail-called by the ingress programs for what they do not know: `packet::ingress_flow`.
+#[classifier]
+pub fn flow(ctx: TcContext) -> i32 {
+    let skb = SkBuff(ctx.skb.skb);
+    let place = Place::unpack(skb.control());
+    let Some(room) = parsed_room() else { return NEXT };
+    if !parse_into(skb.0, place.link, room) {
+        return NEXT;
+    }
+    // SAFETY: `parse_into` has filled it.
+    let parsed = unsafe { room.assume_init_mut() };
+    let env = Env { ctx: Device { skb, is_port: place.is_port } };
+    match packet::ingress_flow(&env, parsed) {
+        Step::Done(verdict) => act_apart(skb, place, parsed, &verdict),
+        Step::Open { clash } => {
+            go_on(skb, Place { clash, ..place }, OPEN);
+            NEXT
+        }
+    }
+}
+
+/// Tail-called by [`flow`] for a packet without one: `packet::ingress_open`.
+#[classifier]
+pub fn open(ctx: TcContext) -> i32 {
+    let skb = SkBuff(ctx.skb.skb);
+    let place = Place::unpack(skb.control());
+    let (Some(parsed), Some(room)) = (parsed_room(), target_room()) else { return NEXT };
+    // SAFETY: `flow`, which alone goes on here, has filled it.
+    let parsed = unsafe { parsed.assume_init_ref() };
+    let env = Env { ctx: Device { skb, is_port: place.is_port } };
+    match packet::ingress_open(&env, parsed, place.clash) {
+        Ok(target) => {
+            room.write(target);
+            go_on(skb, place, CREATE);
+            NEXT
+        }
+        Err(verdict) => act_apart(skb, place, parsed, &verdict),
+    }
+}
+
+/// Tail-called by [`open`] for a packet that opens a flow: `packet::create`.
+#[classifier]
+pub fn create(ctx: TcContext) -> i32 {
+    let skb = SkBuff(ctx.skb.skb);
+    let place = Place::unpack(skb.control());
+    let (Some(parsed), Some(room)) = (parsed_room(), target_room()) else { return NEXT };
+    // SAFETY: `flow` and `open`, by which alone one comes here, have filled them.
+    let (parsed, target) = unsafe { (parsed.assume_init_ref(), room.assume_init_ref()) };
+    let env = Env { ctx: Device { skb, is_port: place.is_port } };
+    let verdict = packet::create(&env, parsed, target);
+    act_apart(skb, place, parsed, &verdict)
+}
+
+// Functions of their own in the object: each takes its turn on the stack of 512 bytes.
+
+#[inline(never)]
+fn parse_into(skb: *mut __sk_buff, link: Link, room: &mut MaybeUninit<Parsed>) -> bool {
+    match parse(&SkBuff(skb), link) {
+        Some(parsed) => {
+            room.write(parsed);
+            true
+        }
+        None => false,
+    }
+}
+
+#[inline(never)]
+fn apply(skb: *mut __sk_buff, parsed: &Parsed, rewrite: &Rewrite) -> bool {
+    rewrite::apply(&mut SkBuff(skb), parsed, End::Destination, rewrite)
+}
+
+/// As [`act`], for the ingress programs that are tail-called.
+#[inline(always)]
+fn act_apart(skb: SkBuff, place: Place, parsed: &Parsed, verdict: &Verdict) -> i32 {
+    match verdict {
+        Verdict::Rewrite(rewrite) => {
+            if !apply(skb.0, parsed, rewrite) {
+                counter::drop(DropReason::RewriteFailed);
+                return TC_ACT_SHOT;
+            }
+            counter::packet(rewrite.service, skb.len());
+            NEXT
+        }
+        Verdict::Pass => NEXT,
+        Verdict::Refuse(reason, refusal) => refuse(skb, place, *reason, *refusal),
+    }
+}
+
+/// Tail-called for a packet whose headers are not all in its linear part.
+#[classifier]
+pub fn pull(ctx: TcContext) -> i32 {
+    let skb = SkBuff(ctx.skb.skb);
+    let place = Place::unpack(skb.control());
+    skb.pull();
+    go_on(skb, place, if place.end == End::Source { PULLED_EGRESS } else { FLOW });
+    NEXT
+}
+
+/// Tail-called by [`pull`] for a packet that leaves.
+#[classifier]
+pub fn pulled_egress(ctx: TcContext) -> i32 {
+    let skb = SkBuff(ctx.skb.skb);
+    let place = Place::unpack(skb.control());
+    match parse(&skb, place.link) {
+        Some(parsed) => leave_parsed(skb, place, parsed),
+        None => NEXT,
+    }
+}
+
+/// Tail-called for a packet that is refused with an answer.
+#[classifier]
+pub fn answer(ctx: TcContext) -> i32 {
+    let skb = SkBuff(ctx.skb.skb);
+    let place = Place::unpack(skb.control());
+    let Some(parsed) = parse(&skb, place.link) else { return TC_ACT_SHOT };
+    answer::reject(skb, place.link, &parsed, place.end)
+}
+
+/// True if the frame is for the bridge itself, that is, for this node: the others are switched, and nobody's business.
+#[inline(always)]
+fn goes_to_bridge(skb: &SkBuff) -> bool {
+    // SAFETY: plain words; the agent replaces elements as a whole.
+    let Some(device) = (unsafe { maps::devices.get(skb.ifindex()) }) else { return false };
+    match skb.load::<header::Ethernet>(0) {
+        Some(frame) => frame.destination == device.mac,
+        None => false,
+    }
+}
+
+#[inline(always)]
+fn parse(skb: &SkBuff, link: Link) -> Option<Parsed> {
+    match link {
+        Link::Ethernet => wire::parse_ethernet(skb),
+        Link::None => wire::parse_ip(skb),
+    }
+}
+
+#[inline(always)]
+fn enter(skb: SkBuff, place: Place) -> i32 {
+    // A frame that the device took for others (another MAC address) is none of ours; a bridge port's are asked above.
+    if !place.is_port && skb.packet_type() != PACKET_HOST {
+        return NEXT;
+    }
+    let parsed = match parse(&skb, place.link) {
+        Some(parsed) if parsed.kind != Kind::Other => parsed,
+        _ if skb.is_short() => {
+            go_on(skb, place, PULL);
+            return NEXT;
+        }
+        Some(parsed) => parsed,
+        None => return NEXT,
+    };
+    let env = Env { ctx: Device { skb, is_port: place.is_port } };
+    match packet::ingress_known(&env, &parsed) {
+        Some(verdict) => act(skb, place, &parsed, verdict),
+        None => {
+            go_on(skb, place, FLOW);
+            NEXT
+        }
+    }
+}
+
+#[inline(always)]
+fn leave(skb: SkBuff, place: Place) -> i32 {
+    match parse(&skb, place.link) {
+        Some(parsed) if parsed.kind != Kind::Other => leave_parsed(skb, place, parsed),
+        _ if skb.is_short() => {
+            go_on(skb, place, PULL);
+            NEXT
+        }
+        Some(parsed) => leave_parsed(skb, place, parsed),
+        None => NEXT,
+    }
+}
+
+#[inline(always)]
+fn leave_parsed(skb: SkBuff, place: Place, mut parsed: Parsed) -> i32 {
+    let env = Env { ctx: Device { skb, is_port: false } };
+    let verdict = packet::egress(&env, &mut parsed);
+    act(skb, place, &parsed, verdict)
+}
+
+/// Does what was decided.
+#[inline(always)]
+fn act(mut skb: SkBuff, place: Place, parsed: &Parsed, verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Pass => NEXT,
+        Verdict::Rewrite(rewrite) => {
+            if !rewrite::apply(&mut skb, parsed, place.end, &rewrite) {
+                counter::drop(DropReason::RewriteFailed);
+                return TC_ACT_SHOT;
+            }
+            counter::packet(rewrite.service, skb.len());
+            NEXT
+        }
+        Verdict::Refuse(reason, refusal) => refuse(skb, place, reason, refusal),
+    }
+}
+
+#[inline(always)]
+fn refuse(skb: SkBuff, place: Place, reason: DropReason, refusal: Refusal) -> i32 {
+    counter::drop(reason);
+    if refusal == Refusal::Reject {
+        go_on(skb, place, ANSWER);
+    }
+    TC_ACT_SHOT
+}

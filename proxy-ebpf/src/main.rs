@@ -1,0 +1,34 @@
+//! The kernel half of Shunt: one object with a program per hook.
+//!
+//! A hook builds its context, asks `proxy-common` what to do, and does it. Nothing is decided here.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`maps`] | every map, with its size and the reason for it |
+//! | [`packet`] | the packet of a TC program: the only raw packet pointers of the project |
+//! | [`tables`] | `proxy-common`'s look-ups over the maps |
+//! | [`kernel`] | what only the kernel can tell: routes, neighbours, sockets, connection tracking |
+//! | [`answer`] | resets and unreachables |
+//! | [`hooks`] | the programs |
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+
+mod answer;
+mod counter;
+mod hooks;
+mod kernel;
+mod maps;
+mod packet;
+mod tables;
+
+/// Kernel helpers and functions that look at connections ask for a GPL-compatible licence.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// No program may reach it: `cargo xtask verify` fails on any panic path.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
