@@ -5,7 +5,30 @@
 //!  kubernetes    │        pure        only writer      maps, programs, links (all pinned)
 //!  manifests     ├──▶ cli, metrics
 //! ```
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`source`] | from a foreign API to model types |
+//! | [`model`] | desired state as immutable snapshots |
+//! | [`planner`] | snapshots to exact changes; pure |
+//! | [`datapath`] | the kernel's tables, programs and attachments |
+//! | [`config`] | flags, as written and as used |
+//! | [`cli`] | the subcommands of `shunt` |
+//! | [`telemetry`] | logs |
+//! | [`daemon`] | builds the parts of the agent and runs them |
+//! | [`drain`] | the wish that the agent ends |
+//! | [`error`] | errors as text |
+//!
+//! What always holds: desired state moves right, only status moves left; the reconciler is the only writer of the tables;
+//! unsafe code lives in `datapath` alone; the datapath works on without this process.
+
+pub mod cli;
+pub mod config;
+pub mod daemon;
 pub mod datapath;
+pub mod drain;
+pub mod error;
 pub mod model;
 pub mod planner;
 pub mod source;
+pub mod telemetry;

@@ -1,2 +1,7 @@
 //! The `shunt` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    proxy_userspace::cli::main()
+}

@@ -11,17 +11,24 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use aya_obj::generated::bpf_attach_type as Hook;
 use proxy_common::abi::device::DeviceRecord;
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
+use super::backoff::Backoff;
 use super::device::{Attachment, Choice, Device, decide_attachment};
 use super::kernel::{self, MapFds, Programs};
 use super::maps::{self, Table};
 use super::network::Network;
 use super::pins::{self, Pins};
+use super::reconcile::Status;
 use super::sys::{self, LinkTarget, Place};
+use crate::drain::Drain;
+use crate::error::chain;
 
 /// Why a program could not be attached.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +158,22 @@ pub fn detach_sockets(pins: &Pins) -> Result<(), Error> {
         detach(&pin)?;
     }
     Ok(())
+}
+
+/// Detaches everything that is pinned: what translates before what undoes. Returns how many links there were.
+pub fn detach_all(pins: &Pins) -> Result<usize, pins::Error> {
+    let mut links = pins::list(&pins.cgroup_links())?;
+    links.extend(pins::list(&pins.tcx_links())?);
+    links.sort_by_key(|pin| direction_of(pin) == Direction::Reverse);
+    links.iter().try_for_each(|pin| detach(pin))?;
+    Ok(links.len())
+}
+
+/// What a pinned link does, by the name of its pin.
+fn direction_of(pin: &Path) -> Direction {
+    let name = pins::file_name(pin).unwrap_or_default();
+    let is_reverse = name.ends_with("egress") || name.starts_with("recvmsg") || name.starts_with("getpeername");
+    if is_reverse { Direction::Reverse } else { Direction::Forward }
 }
 
 /// Detaches a pinned link and removes the pin. The link goes even if somebody else still holds it.
@@ -401,6 +424,71 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOLINK))
 }
 
+/// The attachments as a part of the agent.
+pub struct Task {
+    /// The socket hooks, unless they are switched off.
+    pub sockets: Option<SocketLinks>,
+    /// The hooks of devices.
+    pub devices: DeviceLinks,
+    /// Devices of the node.
+    pub network: watch::Receiver<Network>,
+    /// Programs of an earlier agent are running: they are replaced at once, without waiting for `status`.
+    pub is_adopted: bool,
+    /// Tells when the tables are worth attaching to.
+    pub status: watch::Receiver<Arc<Status>>,
+    /// Told when everything is attached for the first time.
+    pub attached: watch::Sender<bool>,
+}
+
+impl Task {
+    /// Attaches, then follows the devices until the drain; the attachments stay.
+    pub async fn run(mut self, mut drain: Drain) -> Result<(), Error> {
+        if !self.is_adopted {
+            // Empty tables would refuse what a predecessor still serves.
+            tokio::select! {
+                result = self.status.wait_for(|status| status.is_serving) => if result.is_err() { return Ok(()) },
+                () = drain.wait() => return Ok(()),
+            }
+        }
+        self.flip()?;
+        let mut backoff = Backoff::default();
+        loop {
+            let network = self.network.borrow_and_update().clone();
+            let errors = self.devices.follow(&network);
+            let retry = if errors.is_empty() {
+                backoff = Backoff::default();
+                self.attached.send_replace(true);
+                Duration::MAX
+            } else {
+                errors.iter().for_each(|error| warn!(error = chain(error), "a device is not served, it will be tried again"));
+                backoff.next_wait()
+            };
+            tokio::select! {
+                changed = self.network.changed() => if changed.is_err() { return Ok(()) },
+                () = tokio::time::sleep(retry) => {}
+                () = drain.wait() => return Ok(()),
+            }
+        }
+    }
+
+    /// Puts our programs behind all links that exist, and attaches the socket hooks.
+    fn flip(&mut self) -> Result<(), Error> {
+        let network = self.network.borrow().clone();
+        for direction in Direction::ORDER {
+            if let Some(sockets) = &self.sockets {
+                sockets.attach(self.devices.programs(), direction)?;
+            }
+            for error in self.devices.replace(&network, direction) {
+                warn!(error = chain(&error), "a program was not replaced");
+            }
+        }
+        if self.sockets.is_none() {
+            detach_sockets(&self.devices.pins)?;
+        }
+        Ok(())
+    }
+}
+
 /// What the programs must know about a bridge port.
 fn port_record(attachment: Attachment, network: &Network) -> Option<DeviceRecord> {
     let Attachment::BridgePort(index) = attachment else { return None };
@@ -458,6 +546,15 @@ mod tests {
     fn pin_names_tell_namespace_and_device() {
         assert_eq!(parse_pin(Path::new("/x/links/tcx/1f-12-ingress")), Some((0x1f, 12)));
         assert_eq!(parse_pin(Path::new("/x/links/tcx/eth0")), None);
+    }
+
+    #[test]
+    fn pins_tell_what_a_link_does() {
+        for SocketHook(name, _, direction) in SOCKET_HOOKS {
+            assert_eq!(direction_of(&Path::new("/x").join(name)), direction, "{name}");
+        }
+        assert_eq!(direction_of(Path::new("/x/1f-12-egress")), Direction::Reverse);
+        assert_eq!(direction_of(Path::new("/x/1f-12-ingress")), Direction::Forward);
     }
 
     #[test]

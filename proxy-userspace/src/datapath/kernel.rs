@@ -66,6 +66,29 @@ pub enum Error {
     },
 }
 
+/// Something that the kernel cannot do and that the agent cannot do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this kernel has no {feature}; Linux {since} has it")]
+pub struct Unsupported {
+    /// What is missing.
+    pub feature: &'static str,
+    /// The first kernel that has it.
+    pub since: &'static str,
+}
+
+/// Tries whether programs can be attached to devices by links. `classifier` is any loaded TC program.
+pub fn probe_tcx(classifier: BorrowedFd<'_>) -> Result<(), Unsupported> {
+    /// No device has it: a kernel that knows the hook answers ENODEV, one that does not EINVAL.
+    const NO_DEVICE: u32 = i32::MAX as u32;
+    let hook = aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
+    match sys::link_tcx(classifier, NO_DEVICE, hook, sys::Place::Last) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            Err(Unsupported { feature: "tcx (links of programs to devices)", since: "6.6" })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A pinned map that is not what the object declares.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mismatch {

@@ -5,22 +5,35 @@
 //! | [`sys`] | system calls that aya does not offer |
 //! | [`pins`] | the pin directory: its lock, its names |
 //! | [`kfunc`] | marker instructions become calls of kernel functions |
+//! | [`object`] | the BPF object as the binary carries it |
 //! | [`kernel`] | the BPF object loaded, its maps adopted or made |
 //! | [`btf`] | what the kernel's own types say |
 //! | [`attach`] | links to control group and devices |
 //! | [`device`] | which devices get which programs: a pure decision |
 //! | [`network`] | devices and addresses of the node, live |
 //! | [`node`] | facts about this node, reserved source ports |
+//! | [`reconcile`] | the only writer: snapshot to plan to tables |
+//! | [`backlog`] | operations that were refused, and those behind them |
+//! | [`restore`] | what the pinned tables say |
+//! | [`inspect`] | tables and attachments in words |
+//! | [`fake`] | tables for tests |
 //! | [`maps`] | the tables as the reconciler writes them |
 //!
 //! No other part of the agent touches a map, a program or a link. Desired state comes in, status goes out.
 pub mod attach;
+pub mod backlog;
+mod backoff;
 pub mod btf;
 pub mod device;
+pub mod fake;
+pub mod inspect;
 pub mod kernel;
 pub mod kfunc;
 pub mod maps;
 pub mod network;
 pub mod node;
+pub mod object;
 pub mod pins;
+pub mod reconcile;
+pub mod restore;
 pub mod sys;

@@ -1,0 +1,187 @@
+//! The subcommands of `shunt`: arguments in, exit code out.
+//!
+//! | module | subcommand |
+//! |---|---|
+//! | [`agent`] | agent |
+//! | [`show`] | status, services, backends, flows |
+//! | [`cleanup`] | cleanup |
+//! | [`table`] | (how lists are printed) |
+
+mod agent;
+mod cleanup;
+mod show;
+mod table;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::config::raw::{AgentFlags, DEFAULT_BPFFS};
+use crate::config::{self};
+use crate::datapath::kernel;
+use table::Format;
+
+/// Bad usage, bad configuration, or a kernel that cannot do what is wanted (sysexits(3): EX_USAGE).
+const BAD_USAGE: u8 = 64;
+
+const EXAMPLES: &str = "\
+Examples:
+  shunt example > manifests/web.yaml        a service to start from
+  sudo shunt agent --manifests manifests    serve what the folder says, and follow its changes
+  sudo shunt services                       what is programmed; works with or without an agent
+  sudo shunt cleanup                        take everything out of the kernel again
+
+Exit codes: 0 done, 1 failed, 64 bad usage or configuration.";
+
+const AGENT_EXAMPLES: &str = "\
+Examples:
+  shunt agent --manifests /etc/shunt
+  shunt agent --manifests /etc/shunt --cluster-cidr 10.244.0.0/16,fd00:10:244::/56 --nodeport-addresses all
+  shunt agent --manifests /etc/shunt --exclude-devices 'docker*,wg0' --log-format json
+
+The agent can be stopped, killed and replaced at any moment: what it has programmed stays pinned below --bpffs and goes
+on working, and the next agent takes it over. `shunt cleanup` removes it.";
+
+/// Services in the kernel: virtual IPs, NodePorts and load-balancer addresses by eBPF, beside any network plugin
+#[derive(Debug, Parser)]
+#[command(name = "shunt", version, after_help = EXAMPLES, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve services on this node until stopped; what is programmed stays
+    #[command(after_help = AGENT_EXAMPLES)]
+    Agent(Box<AgentFlags>),
+    /// What is programmed, attached and dropped, in short
+    Status(ShowArgs),
+    /// Services with their frontends, backends and traffic
+    Services(ShowArgs),
+    /// Backends and the services that use them
+    Backends(ShowArgs),
+    /// Connections that packets made (translated sockets need no record)
+    Flows(ShowArgs),
+    /// Detach and remove everything that is pinned; traffic to services stops
+    Cleanup(PinArgs),
+    /// Print the version and the layout of its tables
+    Version,
+    /// Print completions for a shell
+    #[command(after_help = "Example:\n  shunt completions bash > /etc/bash_completion.d/shunt")]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print a manifest to start from
+    Example,
+}
+
+/// Where things are pinned.
+#[derive(Debug, Args)]
+struct PinArgs {
+    /// Where they are pinned
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    bpffs: PathBuf,
+}
+
+/// What is shown, and how.
+#[derive(Debug, Args)]
+struct ShowArgs {
+    #[command(flatten)]
+    pins: PinArgs,
+    /// Form of the output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+const EXAMPLE: &str = include_str!("../../../examples/web.yaml");
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    run(std::env::args_os())
+}
+
+/// Runs a command line, program name first.
+pub fn run(words: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
+    let cli = match Cli::try_parse_from(words) {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match execute(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            exit_code(&error)
+        }
+    }
+}
+
+/// Help and version are no errors; all else is bad usage.
+fn usage(error: &clap::Error) -> ExitCode {
+    // Nothing can be told if standard error is closed.
+    let _ = error.print();
+    if error.use_stderr() { ExitCode::from(BAD_USAGE) } else { ExitCode::SUCCESS }
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    let is_usage = error.is::<config::Errors>() || error.is::<kernel::Unsupported>();
+    if is_usage { ExitCode::from(BAD_USAGE) } else { ExitCode::FAILURE }
+}
+
+/// Whoever read our output has seen enough.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn execute(command: Command) -> Result<()> {
+    match command {
+        Command::Agent(flags) => agent::run(*flags),
+        Command::Status(args) => show::status(&args),
+        Command::Services(args) => show::services(&args),
+        Command::Backends(args) => show::backends(&args),
+        Command::Flows(args) => show::flows(&args),
+        Command::Cleanup(args) => cleanup::run(&args.bpffs),
+        Command::Version => print(&format!(
+            "shunt {}\ntable layout {}\n",
+            env!("CARGO_PKG_VERSION"),
+            proxy_common::abi::ABI_VERSION
+        )),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "shunt", &mut script);
+            print(&String::from_utf8_lossy(&script))
+        }
+        Command::Example => print(EXAMPLE),
+    }
+}
+
+/// Writes to standard output; a closed pipe is an error, not a panic.
+fn print(text: &str) -> Result<()> {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bad_usage_is_64_and_help_is_not() {
+        assert_eq!(run(["shunt", "--no-such-flag"]), ExitCode::from(64));
+        assert_eq!(run(["shunt", "agent", "--snat-ports", "x"]), ExitCode::from(64));
+        assert_eq!(run(["shunt", "agent", "--help"]), ExitCode::SUCCESS);
+        assert_eq!(run(["shunt", "version"]), ExitCode::SUCCESS);
+    }
+}

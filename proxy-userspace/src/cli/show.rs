@@ -1,0 +1,290 @@
+//! `shunt status | services | backends | flows`: what the pinned tables say, without an agent.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result};
+use proxy_common::abi::frontend::FrontendValue;
+use proxy_common::abi::service::Range;
+use proxy_common::verdict::DropReason;
+use serde::Serialize;
+
+use super::ShowArgs;
+use super::table::{Format, Row, print_json, print_rows};
+use crate::datapath::inspect::{self, Attached, FlowView, Traffic};
+use crate::datapath::kernel::MapFds;
+use crate::datapath::pins::{self, Pins};
+use crate::datapath::restore;
+use crate::planner::{BackendId, ServiceId, Tables};
+
+fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
+    let pins = Pins::new(&args.pins.bpffs);
+    let maps = MapFds::open_pinned(&pins)?;
+    maps.get("services").with_context(|| {
+        format!("nothing is pinned below {}; does an agent run here, or with another --bpffs?", pins.base().display())
+    })?;
+    Ok((pins, maps))
+}
+
+/// What `shunt status` shows.
+#[derive(Serialize)]
+struct StatusView {
+    layout: u32,
+    agent: bool,
+    socket_hooks: usize,
+    devices: Vec<String>,
+    tables: BTreeMap<&'static str, Use>,
+    drops: BTreeMap<&'static str, u64>,
+}
+
+/// How full a table is.
+#[derive(Serialize)]
+struct Use {
+    used: u64,
+    capacity: u64,
+}
+
+/// Prints the state in short.
+pub(super) fn status(args: &ShowArgs) -> Result<()> {
+    let (pins, maps) = open(args)?;
+    let view = status_view(&pins, &maps)?;
+    match args.output {
+        Format::Json => print_json(&view),
+        Format::Table => super::print(&status_text(&view)),
+    }
+}
+
+fn status_view(pins: &Pins, maps: &MapFds) -> Result<StatusView> {
+    let tables = restore::read_tables(maps)?;
+    let limits = restore::read_limits(maps)?;
+    let used = |used: usize, capacity: u32| Use { used: used as u64, capacity: u64::from(capacity) };
+    let (flows, flow_capacity) = inspect::count(maps, "flows")?;
+    let (pending, pending_capacity) = inspect::count(maps, "flows_pending")?;
+    let drops = inspect::read_drops(maps)?;
+    Ok(StatusView {
+        layout: proxy_common::abi::ABI_VERSION,
+        agent: matches!(pins.lock(), Err(pins::Error::Locked(_))),
+        socket_hooks: pins::list(&pins.cgroup_links())?.len(),
+        devices: inspect::attached(pins)?.into_iter().map(device_name).collect(),
+        tables: BTreeMap::from([
+            ("services", used(tables.services.len(), limits.services)),
+            ("backends", used(tables.backends.len(), limits.backends)),
+            ("slots", used(tables.slots.len(), limits.slots)),
+            ("frontends", used(tables.frontends.len(), inspect::capacity(maps, "frontends")?)),
+            ("addresses", used(tables.addresses.len(), inspect::capacity(maps, "addresses")?)),
+            ("flows", used(flows, flow_capacity)),
+            ("flows_pending", used(pending, pending_capacity)),
+        ]),
+        drops: DropReason::ALL.iter().map(|reason| (reason.name(), drops[*reason as usize])).collect(),
+    })
+}
+
+/// Name of a device of this namespace, else its index.
+fn device_name(attached: Attached) -> String {
+    inspect::device_name(attached.ifindex).unwrap_or_else(|| format!("#{}", attached.ifindex))
+}
+
+fn status_text(view: &StatusView) -> String {
+    let agent = if view.agent { "running" } else { "not running; what is programmed works on" };
+    let devices = if view.devices.is_empty() { "none".to_owned() } else { view.devices.join(" ") };
+    let mut lines = vec![
+        format!("agent         {agent}"),
+        format!("table layout  {}", view.layout),
+        format!("socket hooks  {} attached", view.socket_hooks),
+        format!("devices       {devices}"),
+        String::new(),
+    ];
+    lines.extend(view.tables.iter().map(|(name, table)| format!("{name:<13} {} of {}", table.used, table.capacity)));
+    lines.push(String::new());
+    let dropped: Vec<_> = view.drops.iter().filter(|(_, count)| **count > 0).collect();
+    match dropped.is_empty() {
+        true => lines.push("drops         none".to_owned()),
+        false => lines.extend(dropped.iter().map(|(reason, count)| format!("dropped       {count} {reason}"))),
+    }
+    lines.join("\n") + "\n"
+}
+
+/// One line of `shunt services`.
+#[derive(Serialize)]
+struct ServiceView {
+    id: u32,
+    name: String,
+    frontends: Vec<FrontendView>,
+    cluster: SetView,
+    local: SetView,
+    affinity_seconds: u32,
+    #[serde(flatten)]
+    traffic: Traffic,
+}
+
+#[derive(Serialize)]
+struct FrontendView {
+    at: String,
+    inside: &'static str,
+    outside: &'static str,
+}
+
+/// A set of backends, or what happens to clients because it is empty.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum SetView {
+    Backends(Vec<String>),
+    Empty(&'static str),
+}
+
+impl SetView {
+    fn cell(&self) -> String {
+        match self {
+            Self::Backends(backends) => backends.len().to_string(),
+            Self::Empty(what) => (*what).to_owned(),
+        }
+    }
+}
+
+impl Row for ServiceView {
+    const TITLES: &'static [&'static str] =
+        &["ID", "SERVICE", "FRONTENDS", "CLUSTER", "LOCAL", "AFFINITY", "SOCKETS", "FLOWS", "PACKETS", "BYTES", "REFUSED"];
+
+    fn cells(&self) -> Vec<String> {
+        let affinity = match self.affinity_seconds {
+            0 => "-".to_owned(),
+            seconds => format!("{seconds}s"),
+        };
+        vec![
+            self.id.to_string(),
+            self.name.clone(),
+            self.frontends.iter().map(|frontend| frontend.at.as_str()).collect::<Vec<_>>().join(","),
+            self.cluster.cell(),
+            self.local.cell(),
+            affinity,
+            self.traffic.sockets.to_string(),
+            self.traffic.flows.to_string(),
+            self.traffic.packets.to_string(),
+            self.traffic.bytes.to_string(),
+            self.traffic.refused.to_string(),
+        ]
+    }
+}
+
+/// Prints the services.
+pub(super) fn services(args: &ShowArgs) -> Result<()> {
+    let (_, maps) = open(args)?;
+    let tables = restore::read_tables(&maps)?;
+    let traffic = inspect::read_traffic(&maps, tables.names.keys().copied())?;
+    let rows: Vec<_> = tables.names.keys().map(|id| service_view(*id, &tables, traffic[id])).collect();
+    print_rows(&rows, args.output)
+}
+
+fn service_view(id: ServiceId, tables: &Tables, traffic: Traffic) -> ServiceView {
+    let record = tables.services.get(&id);
+    let set = |packed: Option<u64>| packed.map_or(SetView::Empty("none"), |packed| set_view(packed, tables));
+    let frontends = tables.frontends.iter().filter(|(_, value)| value.service == id.0);
+    ServiceView {
+        id: id.0,
+        name: tables.names.get(&id).cloned().unwrap_or_default(),
+        frontends: frontends.map(|(at, value)| frontend_view(at.to_string(), value)).collect(),
+        cluster: set(record.map(|record| record.cluster)),
+        local: set(record.map(|record| record.local)),
+        affinity_seconds: record.map_or(0, |record| record.affinity),
+        traffic,
+    }
+}
+
+fn frontend_view(at: String, value: &FrontendValue) -> FrontendView {
+    let set = |flag| if value.has(flag) { "local" } else { "cluster" };
+    FrontendView { at, inside: set(FrontendValue::INSIDE_LOCAL), outside: set(FrontendValue::OUTSIDE_LOCAL) }
+}
+
+fn set_view(packed: u64, tables: &Tables) -> SetView {
+    let range = Range::unpack(packed);
+    if range.count == 0 {
+        return SetView::Empty(if range == Range::DROP { "drop" } else { "reject" });
+    }
+    let backends = (range.base..range.base + range.count).filter_map(|position| tables.slots.get(&position));
+    SetView::Backends(backends.map(|slot| backend_text(BackendId(slot.backend), tables)).collect())
+}
+
+fn backend_text(id: BackendId, tables: &Tables) -> String {
+    tables.backends.get(&id).map_or_else(|| format!("backend {id} (gone)"), inspect::backend_text)
+}
+
+/// One line of `shunt backends`.
+#[derive(Serialize)]
+struct BackendView {
+    id: u32,
+    address: String,
+    local: bool,
+    services: Vec<String>,
+}
+
+impl Row for BackendView {
+    const TITLES: &'static [&'static str] = &["ID", "BACKEND", "LOCAL", "SERVICES"];
+
+    fn cells(&self) -> Vec<String> {
+        let local = if self.local { "yes" } else { "-" };
+        vec![self.id.to_string(), self.address.clone(), local.to_owned(), self.services.join(",")]
+    }
+}
+
+/// Prints the backends.
+pub(super) fn backends(args: &ShowArgs) -> Result<()> {
+    let (_, maps) = open(args)?;
+    let tables = restore::read_tables(&maps)?;
+    let users = users(&tables);
+    let row = |(id, record): (&BackendId, &proxy_common::abi::backend::BackendRecord)| BackendView {
+        id: id.0,
+        address: inspect::backend_text(record),
+        local: record.is_local(),
+        services: users.get(id).cloned().unwrap_or_default(),
+    };
+    print_rows(&tables.backends.iter().map(row).collect::<Vec<_>>(), args.output)
+}
+
+/// Names of the services in whose sets a backend is.
+fn users(tables: &Tables) -> BTreeMap<BackendId, Vec<String>> {
+    let mut users: BTreeMap<BackendId, Vec<String>> = BTreeMap::new();
+    for slot in tables.slots.values() {
+        let Some(name) = tables.names.get(&ServiceId(slot.owner)) else { continue };
+        let names = users.entry(BackendId(slot.backend)).or_default();
+        if !names.contains(name) {
+            names.push(name.clone());
+        }
+    }
+    users
+}
+
+impl Row for FlowView {
+    const TITLES: &'static [&'static str] = &["PROTO", "CLIENT", "FRONTEND", "BACKEND", "SOURCE", "STATE", "IDLE", "SERVICE"];
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.proto.clone(),
+            self.client.clone(),
+            self.frontend.clone(),
+            self.backend.clone(),
+            self.rewritten_source.clone().unwrap_or_else(|| "kept".to_owned()),
+            self.state.to_owned(),
+            format!("{}s", self.idle_seconds),
+            self.service.clone(),
+        ]
+    }
+}
+
+/// Prints the connections.
+pub(super) fn flows(args: &ShowArgs) -> Result<()> {
+    let (_, maps) = open(args)?;
+    let mut rows = inspect::read_flows(&maps)?;
+    rows.sort_by(|a, b| (&a.service, &a.client).cmp(&(&b.service, &b.client)));
+    print_rows(&rows, args.output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_sets_say_what_clients_get() {
+        let tables = Tables::default();
+        assert_eq!(set_view(Range::REJECT.pack(), &tables).cell(), "reject");
+        assert_eq!(set_view(Range::DROP.pack(), &tables).cell(), "drop");
+    }
+}

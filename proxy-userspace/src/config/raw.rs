@@ -1,0 +1,146 @@
+//! The agent's configuration as it is written: flags, as text. What they mean, and whether they fit, is [`super::Config`]'s affair.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+/// Where `--bpffs` is by default.
+pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/shunt";
+
+/// Flags of `shunt agent`.
+#[derive(Clone, Debug, Args)]
+pub struct AgentFlags {
+    /// Read services from a folder of Kubernetes YAML or JSON, and follow its changes
+    ///
+    /// Kinds: Service with EndpointSlice or Endpoints, Node, ServiceCIDR. Multi-document files, Lists and atomic symlink
+    /// swaps are fine. `shunt example` prints a file to start from.
+    #[arg(long, value_name = "DIR", help_heading = "Sources")]
+    pub manifests: Option<PathBuf>,
+
+    /// Name of this node in the sources [default: the host name in lower case]
+    ///
+    /// Endpoints with this node name are local: what traffic policy Local and topology hints speak of.
+    #[arg(long, value_name = "NAME", help_heading = "Node")]
+    pub node_name: Option<String>,
+
+    /// Where pods have their addresses; at most 8 prefixes
+    ///
+    /// Clients in it count as inside the cluster: they keep their source address towards a ClusterIP, and external
+    /// traffic policy Local does not bind them. Without it only this node's own addresses are inside.
+    #[arg(long, value_name = "CIDR", value_delimiter = ',', help_heading = "Node")]
+    pub cluster_cidr: Vec<String>,
+
+    /// Which addresses of this node answer NodePorts: primary, all, or prefixes
+    ///
+    /// `primary` is the node's main address of each family, `all` every one (127.0.0.0/8 included, for this node's own
+    /// processes).
+    #[arg(
+        long,
+        value_name = "primary|all|CIDR",
+        value_delimiter = ',',
+        default_value = "primary",
+        help_heading = "Node"
+    )]
+    pub nodeport_addresses: Vec<String>,
+
+    /// Control group whose processes get their connections translated at connect [default: the root of cgroup2]
+    #[arg(long, value_name = "DIR", help_heading = "Datapath")]
+    pub cgroup: Option<PathBuf>,
+
+    /// Whose sockets are translated: all, those of the node's own network namespace, or none
+    ///
+    /// Packets are translated in any case; a socket that is translated saves its packets from it. `off` leaves the node's
+    /// own processes without services, so it must be confirmed by `--host-clients off`.
+    #[arg(long, value_enum, default_value_t, help_heading = "Datapath")]
+    pub socket_lb: SocketLb,
+
+    /// Whether the node's own processes reach services
+    #[arg(long, value_enum, default_value_t, help_heading = "Datapath")]
+    pub host_clients: Switch,
+
+    /// Only these devices get programs; * and ? are wildcards
+    #[arg(long, value_name = "GLOB", value_delimiter = ',', help_heading = "Datapath")]
+    pub devices: Vec<String>,
+
+    /// These devices get no programs; * and ? are wildcards
+    #[arg(long, value_name = "GLOB", value_delimiter = ',', help_heading = "Datapath")]
+    pub exclude_devices: Vec<String>,
+
+    /// How programs are attached to devices; tcx needs Linux 6.6
+    #[arg(long, value_enum, default_value_t, help_heading = "Datapath")]
+    pub attach: Attach,
+
+    /// Ports for rewritten sources; kept free of local sockets by net.ipv4.ip_local_reserved_ports
+    #[arg(long, value_name = "A-B", default_value = "10000-29999", help_heading = "Datapath")]
+    pub snat_ports: String,
+
+    /// Service ports that fit: one for each port, protocol and family of a service
+    #[arg(long, value_name = "N", default_value_t = 16_384, help_heading = "Datapath")]
+    pub max_services: u32,
+
+    /// Backends that fit: endpoints, once for each service port
+    #[arg(long, value_name = "N", default_value_t = 131_072, help_heading = "Datapath")]
+    pub max_backends: u32,
+
+    /// Connections by packets that fit; those of translated sockets take no room
+    #[arg(long, value_name = "N", default_value_t = 262_144, help_heading = "Datapath")]
+    pub max_flows: u32,
+
+    /// Where programs, tables and attachments are pinned; a BPF file system is mounted if there is none
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS, help_heading = "Datapath")]
+    pub bpffs: PathBuf,
+
+    /// What is logged: error, warn, info, debug, trace, or directives as MODULE=LEVEL, separated by commas
+    #[arg(long, value_name = "LEVEL", default_value = "info", help_heading = "Logging")]
+    pub log_level: String,
+
+    /// Form of the log on standard error
+    #[arg(long, value_enum, default_value_t, help_heading = "Logging")]
+    pub log_format: LogFormat,
+
+    /// Touch this file when the first plan is applied
+    #[arg(long, value_name = "PATH", hide = true)]
+    pub ready_file: Option<PathBuf>,
+}
+
+/// `--socket-lb`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SocketLb {
+    /// Sockets of the node and of its pods
+    #[default]
+    All,
+    /// Sockets of the node's own network namespace
+    Host,
+    /// No socket
+    Off,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Yes
+    #[default]
+    On,
+    /// No
+    Off,
+}
+
+/// `--attach`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Attach {
+    /// The best that the kernel has
+    #[default]
+    Auto,
+    /// Links, Linux 6.6
+    Tcx,
+}
+
+/// `--log-format`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    #[default]
+    Text,
+    /// One object a line
+    Json,
+}

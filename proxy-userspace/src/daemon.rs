@@ -1,0 +1,235 @@
+//! The agent: builds its parts, starts them, ends them. Wiring and supervision only; what parts do is theirs.
+//!
+//! ```text
+//! network ─▶ facts ─┐
+//! sources ─updates─▶ store ─snapshots─▶ reconciler ─status─▶ attachments, readiness
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use proxy_common::addr::Port;
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::config::raw::SocketLb;
+use crate::datapath::attach::{self, DeviceLinks, SocketLinks};
+use crate::datapath::kernel::{self, Loaded};
+use crate::datapath::maps::{KernelMaps, NodeConfig};
+use crate::datapath::network::{Network, Watcher};
+use crate::datapath::object::OBJECT;
+use crate::datapath::pins::Pins;
+use crate::datapath::reconcile::{self, Reconciler, Status};
+use crate::datapath::{node, restore, sys};
+use crate::drain::{self, Drain};
+use crate::model::{NodeFacts, SourceSpec, Update, Writer};
+use crate::planner::{SnatPorts, State};
+use proxy_common::abi::config::Config as ProgramConfig;
+
+/// Updates of sources that may wait for the store.
+const UPDATE_QUEUE: usize = 4096;
+
+/// Runs the agent until SIGTERM or SIGINT, or until a part fails. The datapath stays in either case.
+pub fn run(config: Config) -> Result<()> {
+    let pins = Pins::new(&config.bpffs);
+    pins.prepare()?;
+    let lock = pins.lock()?;
+    let result = runtime()?.block_on(supervise(&config, &pins));
+    drop(lock);
+    result
+}
+
+/// Two threads: one is enough for the work, the other keeps answering while a large plan is applied.
+fn runtime() -> Result<Runtime> {
+    Builder::new_multi_thread().worker_threads(2).enable_all().build().context("cannot start the runtime")
+}
+
+async fn supervise(config: &Config, pins: &Pins) -> Result<()> {
+    let (trigger, drain) = drain::channel();
+    let mut parts = Parts::default();
+    build(config, pins, &drain, &mut parts).await?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let failure = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        failure = parts.first_end() => Some(failure),
+    };
+    info!("draining; the datapath stays");
+    trigger.begin();
+    parts.join().await;
+    failure.map_or(Ok(()), Err)
+}
+
+/// The parts that run for as long as the agent does.
+#[derive(Default)]
+struct Parts(JoinSet<(&'static str, Result<()>)>);
+
+impl Parts {
+    fn spawn(&mut self, name: &'static str, part: impl Future<Output = Result<()>> + Send + 'static) {
+        self.0.spawn(async move { (name, part.await) });
+    }
+
+    /// Why a part ended although nobody asked it to.
+    async fn first_end(&mut self) -> anyhow::Error {
+        match self.0.join_next().await {
+            Some(Ok((name, Err(error)))) => error.context(format!("{name} failed")),
+            Some(Ok((name, Ok(())))) => anyhow::anyhow!("{name} ended by itself"),
+            Some(Err(error)) => anyhow::Error::new(error).context("a part of the agent crashed"),
+            None => anyhow::anyhow!("there is nothing to run"),
+        }
+    }
+
+    async fn join(mut self) {
+        while let Some(ended) = self.0.join_next().await {
+            if let Ok((name, Err(error))) = ended {
+                warn!(part = name, error = format!("{error:#}"), "a part failed while draining");
+            }
+        }
+    }
+}
+
+async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -> Result<()> {
+    let (watcher, network) = Watcher::open().await?;
+    let loaded = kernel::load(OBJECT, pins, &config.sizes)?;
+    kernel::probe_tcx(loaded.programs.get("ingress")?)?;
+    tell_loaded(&loaded);
+    node::reserve_ports(pins, &config.snat_ports)?;
+    for path in node::forwarding_off() {
+        warn!(path, "forwarding is off: packets of pods and outside clients are not served in this family");
+    }
+
+    let (facts_sender, facts) = watch::channel(Arc::new(node::facts(&config.facts, &network.borrow())));
+    let sources = Vec::<SourceSpec>::new();
+    let initial = facts.borrow().clone();
+    let (writer, snapshots) = Writer::new(initial, &sources);
+    let (updates_sender, updates) = mpsc::channel::<Update>(UPDATE_QUEUE);
+
+    let netns = sys::netns_cookie().context("cannot read the network namespace's cookie")?;
+    let maps = KernelMaps::open(&loaded.maps)?;
+    maps.write_node_config(&node_config(config, netns)?)?;
+    let state = restored_state(config, &loaded)?;
+    let (status_sender, status) = watch::channel(Arc::new(Status::default()));
+    let (_unused_sender, unused) = mpsc::channel(16);
+    let reconciler = reconcile::Task {
+        reconciler: Reconciler::new(maps, state),
+        snapshots,
+        unused,
+        status: status_sender,
+        sources: sources.len(),
+        pending: Arc::default(),
+    };
+
+    let (attached_sender, attached) = watch::channel(false);
+    let attachments = attach::Task {
+        sockets: sockets(config, pins)?,
+        devices: DeviceLinks::new(pins, netns, config.devices.clone(), loaded.programs, &loaded.maps)?,
+        network: network.clone(),
+        is_adopted: loaded.adopted,
+        status: status.clone(),
+        attached: attached_sender,
+    };
+    // The parsed object and what was read back are gone by now.
+    sys::trim_heap();
+
+    let fixed = config.facts.clone();
+    parts.spawn("netlink", drained(drain.clone(), async { Ok(watcher.run().await?) }));
+    parts.spawn("node facts", drained(drain.clone(), follow_facts(fixed, network, facts_sender)));
+    parts.spawn("store", async { Ok(writer.run(updates, facts).await) });
+    let its_drain = drain.clone();
+    parts.spawn("reconciler", async { Ok(reconciler.run(its_drain).await) });
+    let its_drain = drain.clone();
+    parts.spawn("attachments", async { Ok(attachments.run(its_drain).await?) });
+    parts.spawn("readiness", drained(drain.clone(), announce(status, attached, config.ready_file.clone())));
+    drop(updates_sender);
+    Ok(())
+}
+
+/// A part without an end of its own: the drain ends it.
+async fn drained(mut drain: Drain, part: impl Future<Output = Result<()>>) -> Result<()> {
+    tokio::select! {
+        result = part => result,
+        () = drain.wait() => Ok(()),
+    }
+}
+
+fn tell_loaded(loaded: &Loaded) {
+    info!(adopted = loaded.adopted, "programs loaded");
+    for kfunc in &loaded.missing_kfuncs {
+        warn!(function = kfunc.name, "the kernel lacks a function: connections that a predecessor translates are not recognised");
+    }
+}
+
+fn node_config(config: &Config, netns: u64) -> Result<NodeConfig> {
+    let mut key = [0; 16];
+    sys::random(&mut key).context("the kernel has no random numbers")?;
+    let half = |at: usize| u64::from_ne_bytes(key[at..at + 8].try_into().expect("eight bytes were taken"));
+    Ok(NodeConfig {
+        new_hash_key: [half(0), half(8)],
+        netns,
+        flags: match config.socket_lb {
+            SocketLb::All => 0,
+            SocketLb::Host => ProgramConfig::SOCKETS_HOST_ONLY,
+            SocketLb::Off => ProgramConfig::SOCKETS_OFF,
+        },
+        snat: (Port(*config.snat_ports.start()), Port(*config.snat_ports.end())),
+        local: node::local_port_range()?,
+    })
+}
+
+fn restored_state(config: &Config, loaded: &Loaded) -> Result<State> {
+    let tables = restore::read_tables(&loaded.maps)?;
+    let limits = restore::read_limits(&loaded.maps)?;
+    Ok(State::restore(limits, SnatPorts(config.snat_ports.clone()), &tables))
+}
+
+fn sockets(config: &Config, pins: &Pins) -> Result<Option<SocketLinks>> {
+    if config.socket_lb == SocketLb::Off {
+        return Ok(None);
+    }
+    let path = match &config.cgroup {
+        Some(path) => path.clone(),
+        None => attach::find_cgroup_root()?,
+    };
+    Ok(Some(SocketLinks::open(pins, &path)?))
+}
+
+async fn follow_facts(
+    fixed: NodeFacts,
+    mut network: watch::Receiver<Network>,
+    facts: watch::Sender<Arc<NodeFacts>>,
+) -> Result<()> {
+    while network.changed().await.is_ok() {
+        let next = Arc::new(node::facts(&fixed, &network.borrow_and_update()));
+        facts.send_if_modified(|known| {
+            let is_new = *known != next;
+            *known = next;
+            is_new
+        });
+    }
+    Ok(())
+}
+
+/// Says once that everything the sources listed is in effect.
+async fn announce(
+    mut status: watch::Receiver<Arc<Status>>,
+    mut attached: watch::Receiver<bool>,
+    ready_file: Option<PathBuf>,
+) -> Result<()> {
+    status.wait_for(|status| status.is_ready).await?;
+    attached.wait_for(|attached| *attached).await?;
+    info!("first plan applied");
+    if let Some(path) = ready_file {
+        touch(&path)?;
+    }
+    std::future::pending().await
+}
+
+fn touch(path: &Path) -> Result<()> {
+    std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))
+}

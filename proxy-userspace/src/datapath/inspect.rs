@@ -1,0 +1,224 @@
+//! Tables, attachments and counters in words, for people who ask.
+//!
+//! May touch: map entries and pins, for reading.
+
+use std::collections::BTreeMap;
+use std::ffi::CStr;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use proxy_common::abi::backend::BackendRecord;
+use proxy_common::abi::counter::ServiceCounters;
+use proxy_common::abi::flow::{FlowKey, FlowValue};
+use proxy_common::abi::service::ServiceName;
+use proxy_common::addr::{Addr, Be16, Proto};
+use proxy_common::lb::flow::{Hot, Seconds};
+use proxy_common::verdict::DropReason;
+use serde::Serialize;
+
+use super::kernel::{MapFds, on_map};
+use super::maps::{PerCpu, Table};
+use super::pins::{self, Pins};
+use super::restore::Error;
+use super::sys::{self, LinkTarget};
+use crate::planner::{BackendAddr, ServiceId};
+
+/// A device with a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Attached {
+    /// Interface index in the node's namespace.
+    pub ifindex: u32,
+}
+
+/// Devices that have programs now.
+pub fn attached(pins: &Pins) -> Result<Vec<Attached>, pins::Error> {
+    let mut devices: Vec<_> = pins::list(&pins.tcx_links())?.iter().filter_map(|pin| attached_to(pin)).collect();
+    devices.sort();
+    devices.dedup();
+    Ok(devices)
+}
+
+fn attached_to(pin: &Path) -> Option<Attached> {
+    let link = sys::open_pin(pin).ok()?;
+    match sys::link_info(link.as_fd()).ok()?.target {
+        LinkTarget::Tcx(ifindex) if ifindex != 0 => Some(Attached { ifindex }),
+        _ => None,
+    }
+}
+
+/// Name of a device in the namespace of this thread.
+pub fn device_name(ifindex: u32) -> Option<String> {
+    let mut name = [0u8; libc::IF_NAMESIZE];
+    // SAFETY: the buffer has the size that the function wants.
+    let found = unsafe { libc::if_indextoname(ifindex, name.as_mut_ptr().cast()) };
+    if found.is_null() {
+        return None;
+    }
+    Some(CStr::from_bytes_until_nul(&name).ok()?.to_string_lossy().into_owned())
+}
+
+/// Entries that a map can hold.
+pub fn capacity(maps: &MapFds, name: &'static str) -> Result<u32, Error> {
+    Ok(sys::map_info(maps.get(name)?).map_err(on_map("examine", name))?.max_entries)
+}
+
+/// Entries of a table of flows, and how many it can hold.
+pub fn count(maps: &MapFds, name: &'static str) -> Result<(usize, u32), Error> {
+    let mut count = 0;
+    Table::<FlowKey, FlowValue>::open(maps, name)?.for_each(|_, _| count += 1)?;
+    Ok((count, capacity(maps, name)?))
+}
+
+/// Dropped packets and connections, by [`DropReason`] number.
+pub fn read_drops(maps: &MapFds) -> Result<Vec<u64>, Error> {
+    let counters = PerCpu::<u64>::open(maps, "drop_counters")?;
+    let sum = |reason: &DropReason| Ok(counters.get(*reason as u32)?.iter().sum());
+    DropReason::ALL.iter().map(sum).collect()
+}
+
+/// What went through a service port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Traffic {
+    /// Connections that the socket hooks opened.
+    pub sockets: u64,
+    /// Connections that packets opened.
+    pub flows: u64,
+    /// Packets translated, both directions.
+    pub packets: u64,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// New connections that found no backend.
+    pub refused: u64,
+}
+
+/// Traffic of each of `services`.
+pub fn read_traffic(
+    maps: &MapFds,
+    services: impl Iterator<Item = ServiceId>,
+) -> Result<BTreeMap<ServiceId, Traffic>, Error> {
+    let counters = PerCpu::<ServiceCounters>::open(maps, "service_counters")?;
+    let read = |id: ServiceId| Ok((id, counters.get(id.0)?.iter().fold(Traffic::default(), add)));
+    services.map(read).collect()
+}
+
+fn add(sum: Traffic, cpu: &ServiceCounters) -> Traffic {
+    Traffic {
+        sockets: sum.sockets + cpu.sockets,
+        flows: sum.flows + cpu.flows,
+        packets: sum.packets + cpu.packets,
+        bytes: sum.bytes + cpu.bytes,
+        refused: sum.refused + cpu.no_backend,
+    }
+}
+
+/// `10.0.0.1:80/TCP`.
+pub fn backend_text(record: &BackendRecord) -> String {
+    transport_text(record.addr, record.port, Proto(record.proto))
+}
+
+fn transport_text(addr: Addr, port: Be16, proto: Proto) -> String {
+    BackendAddr { addr, port: port.host(), proto }.to_string()
+}
+
+/// One connection, from its plain entry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FlowView {
+    /// Protocol.
+    pub proto: String,
+    /// Who dialled, as the client knows itself.
+    pub client: String,
+    /// What it dialled.
+    pub frontend: String,
+    /// Who serves it.
+    pub backend: String,
+    /// The source that the backend sees, if it is not the client's own.
+    pub rewritten_source: Option<String>,
+    /// How far the connection has come.
+    pub state: &'static str,
+    /// Since the last packet.
+    pub idle_seconds: u64,
+    /// Name of the service; empty if it is gone.
+    pub service: String,
+}
+
+/// All connections that packets made.
+pub fn read_flows(maps: &MapFds) -> Result<Vec<FlowView>, Error> {
+    let mut names = BTreeMap::new();
+    Table::<u32, ServiceName>::open(maps, "service_names")?.for_each(|id, name| {
+        names.insert(*id, name.as_str().unwrap_or_default().to_owned());
+    })?;
+    let now = Seconds::from_nanos(sys::monotonic().as_nanos() as u64);
+    let mut flows = Vec::new();
+    for table in ["flows", "flows_pending"] {
+        Table::<FlowKey, FlowValue>::open(maps, table)?.for_each(|key, value| {
+            if key.kind == FlowKey::PLAIN {
+                let service = names.get(&value.service).cloned().unwrap_or_default();
+                flows.push(flow_view(key, value, now, service));
+            }
+        })?;
+    }
+    Ok(flows)
+}
+
+fn flow_view(key: &FlowKey, value: &FlowValue, now: Seconds, service: String) -> FlowView {
+    let proto = Proto(key.proto);
+    let (a, b) = ((key.a, key.a_port), (key.b, key.b_port));
+    let (client, backend) = if value.has(FlowValue::CLIENT_IS_A) { (a, b) } else { (b, a) };
+    let client_port = if value.alias_port.is_zero() { client.1 } else { value.alias_port };
+    let hot = Hot::unpack(value.hot);
+    let text = |addr, port| transport_text(addr, port, proto);
+    let rewritten = match (value.has(FlowValue::SNAT), value.alias_port.is_zero()) {
+        (true, _) => Some(text(value.nat, value.nat_port)),
+        (false, false) => Some(text(client.0, client.1)),
+        (false, true) => None,
+    };
+    FlowView {
+        proto: proto.to_string(),
+        client: text(client.0, client_port),
+        frontend: text(value.peer, value.peer_port),
+        backend: text(backend.0, backend.1),
+        rewritten_source: rewritten,
+        state: state_text(hot),
+        idle_seconds: (u64::from(hot.seen.age(now)) << 30) / 1_000_000_000,
+        service,
+    }
+}
+
+fn state_text(hot: Hot) -> &'static str {
+    let closing = Hot::FIN_CLIENT | Hot::FIN_BACKEND;
+    if hot.is_finished() {
+        "finished"
+    } else if hot.state & Hot::ESTABLISHED == 0 {
+        "opening"
+    } else if hot.state & closing != 0 {
+        "closing"
+    } else {
+        "established"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+
+    fn addr(last: u8) -> Addr {
+        Addr::from(Ipv4Addr::new(10, 0, 0, last))
+    }
+
+    fn be(port: u16) -> Be16 {
+        proxy_common::addr::Port(port).be()
+    }
+
+    #[test]
+    fn a_flow_shows_the_client_by_its_own_port_whatever_end_of_the_key_it_is() {
+        let key = FlowKey { a: addr(1), b: addr(9), a_port: be(80), b_port: be(50001), proto: 6, ..FlowKey::ZERO };
+        let value = FlowValue { peer: addr(100), peer_port: be(443), alias_port: be(50000), ..FlowValue::ZERO };
+        let view = flow_view(&key, &value, Seconds(0), String::new());
+        assert_eq!((view.client.as_str(), view.backend.as_str()), ("10.0.0.9:50000/TCP", "10.0.0.1:80/TCP"));
+        assert_eq!(view.rewritten_source.as_deref(), Some("10.0.0.9:50001/TCP"));
+        let swapped = FlowValue { flags: FlowValue::CLIENT_IS_A, alias_port: Be16::ZERO, ..value };
+        let view = flow_view(&key, &swapped, Seconds(0), String::new());
+        assert_eq!((view.client.as_str(), view.rewritten_source), ("10.0.0.1:80/TCP", None));
+    }
+}

@@ -1,0 +1,23 @@
+//! What the agent tells about itself: logs.
+
+use std::io::{IsTerminal as _, stderr};
+
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Layer as _, fmt};
+
+use crate::config::Log;
+use crate::config::raw::LogFormat;
+
+/// Sends the log of the whole process to standard error. To be called once; a later call does nothing.
+pub fn init_log(log: &Log) {
+    // The configuration has been checked.
+    let filter: Targets = log.level.parse().unwrap_or_default();
+    let layer = match log.format {
+        LogFormat::Text => fmt::layer().with_writer(stderr).with_ansi(stderr().is_terminal()).with_target(false).boxed(),
+        LogFormat::Json => fmt::layer().with_writer(stderr).json().flatten_event(true).boxed(),
+    };
+    // An error says that a log is set up already.
+    let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();
+}
