@@ -137,11 +137,11 @@ fn put(target: &mut Snapshot, groups: &mut BTreeMap<ObjectKey, Name>, source: So
     }
 }
 
-fn insert_if_new<K: Ord + Clone, V: PartialEq>(map: &mut imbl::OrdMap<K, Arc<V>>, key: K, value: V) -> bool {
-    if map.get(&key).is_some_and(|known| **known == value) {
+fn insert_if_new<K: Ord + Clone, V: PartialEq>(map: &mut imbl::OrdMap<K, Arc<V>>, key: K, value: Arc<V>) -> bool {
+    if map.get(&key).is_some_and(|known| *known == value) {
         return false;
     }
-    map.insert(key, Arc::new(value));
+    map.insert(key, value);
     true
 }
 
@@ -151,18 +151,18 @@ fn put_group(
     source: SourceId,
     namespace: Name,
     service: Name,
-    group: EndpointGroup,
+    group: Arc<EndpointGroup>,
 ) -> bool {
     let object = group_key(group.kind, &namespace, &group.name);
     let moved = groups.get(&object).is_some_and(|known| *known != service);
     let left = moved && remove(target, groups, source, &object);
     let key = ServiceKey { source, namespace, name: service.clone() };
     let known = target.endpoints.get(&key).cloned().unwrap_or_default();
-    if known.get(group.kind, &group.name).is_some_and(|known| **known == group) {
+    if known.get(group.kind, &group.name).is_some_and(|known| *known == group) {
         return left;
     }
     groups.insert(object, service);
-    target.endpoints.insert(key, Arc::new(known.with(Arc::new(group))));
+    target.endpoints.insert(key, Arc::new(known.with(group)));
     true
 }
 

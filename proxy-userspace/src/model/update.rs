@@ -78,7 +78,7 @@ pub enum Object {
         /// Its name.
         name: Name,
         /// What it says.
-        service: Service,
+        service: Arc<Service>,
     },
     /// Endpoints of a service.
     Endpoints {
@@ -87,21 +87,21 @@ pub enum Object {
         /// Name of the service.
         service: Name,
         /// What the object says.
-        group: EndpointGroup,
+        group: Arc<EndpointGroup>,
     },
     /// A node.
     Node {
         /// Its name.
         name: Name,
         /// What it says.
-        node: Node,
+        node: Arc<Node>,
     },
     /// A range of service addresses.
     ServiceCidr {
         /// Its name.
         name: Name,
         /// What it says.
-        cidr: ServiceCidr,
+        cidr: Arc<ServiceCidr>,
     },
 }
 
