@@ -1,7 +1,7 @@
 //! `verify-load OBJECT`: brings every program of a BPF object into the kernel by the agent's own loader and prints what
 //! each costs. What it pins lies on a file system that only this process sees, and goes with it; nothing is attached.
 
-use std::{collections::BTreeMap, env, fs, os::fd::AsRawFd as _, path::Path};
+use std::{collections::BTreeMap, env, fs, os::fd::AsRawFd as _, path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail};
 use aya::programs::{ProgramInfo, loaded_programs};
@@ -23,6 +23,10 @@ const LIMITS: [(&str, u32); 1] = [("", 200_000)];
 /// Capacities are no part of what is checked: small ones load fast.
 const SIZES: Sizes = Sizes { services: 1024, backends: 1024, flows: 1024 };
 
+/// How much of a long message is shown.
+const FIRST_LINES: usize = 3;
+const LAST_LINES: usize = 40;
+
 /// What the kernel says of one program.
 struct Row {
     name: String,
@@ -34,7 +38,17 @@ struct Row {
     limit: u32,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", ends(&format!("{error:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let object = env::args_os().nth(1).context("usage: verify-load OBJECT")?;
     let bytes = fs::read(&object).with_context(|| format!("cannot read {}", object.display()))?;
     let pins = private_pins()?;
@@ -49,6 +63,16 @@ fn main() -> Result<()> {
         bail!("above the limit kept in xtask/src/verify_load.rs: {}", above.join(", "));
     }
     Ok(())
+}
+
+/// The text's beginning and end: what a verifier says in between can be a million lines.
+fn ends(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    let Some(left_out) = lines.len().checked_sub(FIRST_LINES + LAST_LINES).filter(|count| *count > 0) else {
+        return text.to_owned();
+    };
+    let (first, last) = (&lines[..FIRST_LINES], &lines[FIRST_LINES + left_out..]);
+    format!("{}\n... {left_out} lines ...\n{}", first.join("\n"), last.join("\n"))
 }
 
 /// A pin directory on a BPF file system of a mount namespace that ends with this process.
@@ -99,7 +123,7 @@ fn row(name: &str, info: &ProgramInfo) -> Result<Row> {
     let bytes = info.size_translated().context("this kernel does not tell a program's size")?;
     Ok(Row {
         name: name.to_owned(),
-        kind: format!("{:?}", info.program_type()?),
+        kind: format!("{:?}", info.program_type()),
         instructions: bytes / 8,
         verified: info.verified_instruction_count().context("this kernel does not tell verified instructions")?,
         jited_bytes: info.size_jitted(),
@@ -150,6 +174,14 @@ mod tests {
         assert_eq!(lengths.len(), 3);
         assert!(lengths.iter().all(|length| *length == lengths[0]), "{text}");
         assert!(text.contains("\na            Xdp"), "{text}");
+    }
+
+    #[test]
+    fn long_messages_keep_their_ends() {
+        let text: Vec<_> = (0..100).map(|line| line.to_string()).collect();
+        let short = ends(&text.join("\n"));
+        assert!(short.starts_with("0\n1\n2\n... 57 lines ...\n60\n") && short.ends_with("\n99"), "{short}");
+        assert_eq!(ends("a\nb"), "a\nb");
     }
 
     #[test]
