@@ -219,18 +219,21 @@ fn unreachable(skb: SkBuff, link: Link, parsed: &Parsed) -> Option<()> {
     turn_frame(skb, link)
 }
 
-/// One's complement sum of `length` bytes (a multiple of four, at most 136) from `offset`.
+/// One's complement sum of `length` bytes (a multiple of four) from `offset`.
 #[inline(always)]
 fn quoted_sum(skb: SkBuff, offset: usize, length: usize) -> Option<u64> {
     let mut sum = 0;
-    for word in 0..34 {
-        if word * 4 >= length {
-            break;
+    let complete = tables::search((length / 4) as u32 + 1, |word| {
+        let at = word as usize * 4;
+        if at >= length {
+            return true;
         }
-        let ports = skb.load::<header::Ports>(offset + word * 4)?;
-        sum += ports.source as u64 + ports.destination as u64;
-    }
-    Some(sum)
+        if let Some(ports) = skb.load::<header::Ports>(offset + at) {
+            sum += ports.source as u64 + ports.destination as u64;
+        }
+        false
+    });
+    if complete { Some(sum) } else { None }
 }
 
 #[inline(always)]

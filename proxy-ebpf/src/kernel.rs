@@ -6,7 +6,7 @@ use crate::tables::{self, Env};
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, __sk_buff, bpf_fib_lookup as FibLookup, bpf_sock, bpf_sock_tuple,
 };
-use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_lookup_tcp};
 use proxy_common::abi::flow::{FlowKey, FlowRef, FlowValue};
 use proxy_common::abi::fragment::{FragmentKey, FragmentValue};
 use proxy_common::addr::{Addr, Proto};
@@ -312,8 +312,8 @@ fn has_connected_socket(skb: *mut __sk_buff, tuple: &Tuple) -> bool {
     // SAFETY: the context of the running program and a tuple of the given size.
     let socket = unsafe {
         match (tuple.proto == Proto::TCP, size == 12) {
-            (true, true) => bpf_skc_lookup_tcp(skb, &raw mut key, 12, BPF_F_CURRENT_NETNS, 0),
-            (true, false) => bpf_skc_lookup_tcp(skb, &raw mut key, 36, BPF_F_CURRENT_NETNS, 0),
+            (true, true) => bpf_sk_lookup_tcp(skb, &raw mut key, 12, BPF_F_CURRENT_NETNS, 0),
+            (true, false) => bpf_sk_lookup_tcp(skb, &raw mut key, 36, BPF_F_CURRENT_NETNS, 0),
             (false, true) => bpf_sk_lookup_udp(skb, &raw mut key, 12, BPF_F_CURRENT_NETNS, 0),
             (false, false) => bpf_sk_lookup_udp(skb, &raw mut key, 36, BPF_F_CURRENT_NETNS, 0),
         }

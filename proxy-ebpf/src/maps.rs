@@ -14,7 +14,6 @@ use proxy_common::abi::fragment::{FragmentKey, FragmentValue};
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{ServiceName, ServiceRecord, Slot};
 use proxy_common::abi::socket::{SocketEntry, SocketTable};
-use core::mem::MaybeUninit;
 use proxy_common::addr::Addr;
 use proxy_common::lb::packet::Target;
 use proxy_common::wire::Parsed;
@@ -94,13 +93,17 @@ pub static answers: PerCpuArray<[u32; 2], 1> = PerCpuArray::new();
 #[btf_map]
 pub static drafts: PerCpuArray<FlowValue, 1> = PerCpuArray::new();
 
-/// Room for a parsed packet, likewise.
+/// Room for a parsed packet, likewise. (Plain words: the kernel takes no type information of a Rust union.)
 #[btf_map]
-pub static parsed_packets: PerCpuArray<MaybeUninit<Parsed>, 1> = PerCpuArray::new();
+pub static parsed_packets: PerCpuArray<Words<PARSED>, 1> = PerCpuArray::new();
 
-/// Where the flow goes that is being made, likewise.
+/// Room for the place a new flow goes to, likewise.
 #[btf_map]
-pub static targets: PerCpuArray<MaybeUninit<Target>, 1> = PerCpuArray::new();
+pub static targets: PerCpuArray<Words<TARGET>, 1> = PerCpuArray::new();
+
+type Words<const N: usize> = [u64; N];
+const PARSED: usize = size_of::<Parsed>().div_ceil(8);
+const TARGET: usize = size_of::<Target>().div_ceil(8);
 
 /// The translation of a connected socket.
 #[btf_map]

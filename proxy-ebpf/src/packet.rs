@@ -17,6 +17,9 @@ const BPF_F_IPV6: u64 = 1 << 7;
 /// Where headers end at the latest: Ethernet with two tags, IPv6 with some extensions, ICMPv6, a quote of the same, TCP.
 const HEADERS: u32 = 256;
 
+/// No header begins beyond this offset.
+const FARTHEST: usize = 4096;
+
 /// A packet in a TC program.
 #[derive(Clone, Copy)]
 pub struct SkBuff(pub *mut __sk_buff);
@@ -43,11 +46,33 @@ impl SkBuff {
         unsafe { (*self.0).pkt_type }
     }
 
+    /// Start and end of the linear part.
+    #[inline(always)]
+    fn bounds(&self) -> (usize, usize) {
+        let (start, end): (usize, usize);
+        // Loads that LLVM does not look into: it would move plain ones into the callers of functions that are not inlined,
+        // as 32-bit arguments ("invalid mem access 'scalar'"), and split volatile ones into address and load ("dereference
+        // of modified ctx ptr"); both seen with Linux 6.18 and LLVM 22.
+        // SAFETY: the context of the running program, at the offsets of two of its fields.
+        unsafe {
+            core::arch::asm!(
+                "{start} = *(u32 *)({ctx} + {data})",
+                "{end} = *(u32 *)({ctx} + {data_end})",
+                ctx = in(reg) self.0,
+                data = const core::mem::offset_of!(__sk_buff, data),
+                data_end = const core::mem::offset_of!(__sk_buff, data_end),
+                start = out(reg) start,
+                end = lateout(reg) end,
+                options(pure, readonly, nostack),
+            );
+        }
+        (start, end)
+    }
+
     /// True if headers may lie beyond the linear part.
     #[inline(always)]
     pub fn is_short(&self) -> bool {
-        // SAFETY: the context of the running program.
-        let (start, end) = unsafe { ((*self.0).data as usize, (*self.0).data_end as usize) };
+        let (start, end) = self.bounds();
         end - start < HEADERS as usize && end - start < self.len() as usize
     }
 
@@ -85,8 +110,11 @@ impl SkBuff {
 impl Packet for SkBuff {
     #[inline(always)]
     fn load<T: Header>(&self, offset: usize) -> Option<T> {
-        // SAFETY: the context of the running program.
-        let (start, end) = unsafe { ((*self.0).data as usize, (*self.0).data_end as usize) };
+        // The verifier follows packet offsets below 64 KiB only (MAX_PACKET_OFF); what was stored as u16 may be beyond.
+        if offset > FARTHEST {
+            return None;
+        }
+        let (start, end) = self.bounds();
         if start + offset + size_of::<T>() <= end {
             // SAFETY: in bounds by the test above; headers are integers, for which any bytes are a value, and this target
             // loads from any address (the verifier allows it for packets where the machine does).

@@ -81,6 +81,8 @@ impl FlowValue {
     pub const AFFINITY: u32 = 1 << 3;
     /// front: the backend is on the client's bridge, its MAC address was not known when the flow was opened.
     pub const WANTS_MAC: u32 = 1 << 4;
+    /// The client's own port towards the backend was known to be another connection's when the flow was opened.
+    pub const ALIAS: u32 = 1 << 5;
 
     /// True if any of `flags` is set.
     #[inline(always)]

@@ -269,14 +269,13 @@ fn snat_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>
     find(flows, &packet.tuple.snat_key())
 }
 
-/// The front entry of a client's packet, and whether it is established.
+/// The front entry of a client's packet; `established` tells from which table.
 #[inline(never)]
-fn front_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<(FlowRef<'a>, bool)> {
+fn front_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed, established: &mut bool) -> Option<FlowRef<'a>> {
     let key = packet.tuple.front_key();
-    match flows.established(&key) {
-        Some(front) => Some((front, true)),
-        None => flows.pending(&key).map(|front| (front, false)),
-    }
+    let front = flows.established(&key);
+    *established = front.is_some();
+    if front.is_some() { front } else { flows.pending(&key) }
 }
 
 /// The plain entry of a flow, given its client's packet and the rewrite of its front entry.
@@ -298,7 +297,8 @@ enum Known {
 /// A packet from a client: of which flow, and what it changes about it.
 #[inline(always)]
 fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
-    let Some((front, established)) = front_entry(flows, packet) else { return Known::Nothing };
+    let mut established = false;
+    let Some(front) = front_entry(flows, packet, &mut established) else { return Known::Nothing };
     let mut rewrite = to_peer(front);
     let is_tcp = packet.tuple.proto == Proto::TCP;
     let opens = is_tcp && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
@@ -496,7 +496,7 @@ pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result
     if !is_tcp && frontend.by_node_port && flows.has_connected_socket(tuple) {
         return Err(PASS);
     }
-    backend(flows, packet, frontend).map(|target| Target { clash, ..target })
+    backend(flows, packet, frontend, if clash { FlowValue::ALIAS } else { 0 })
 }
 
 /// A port of a ClusterIP that no service has.
@@ -508,16 +508,24 @@ fn no_frontend<F: Flows>(flows: &F, packet: &Parsed, opens: bool) -> Verdict {
     Verdict::Refuse(DropReason::UnknownPort, Refusal::Reject)
 }
 
+/// True if the client is this node itself, or has an address of the cluster.
+#[inline(never)]
+fn is_inside<F: Flows>(flows: &F, tuple: &Tuple) -> bool {
+    flows.config().is_some_and(|config| config.is_cluster_address(&tuple.src))
+        || flows.address(&tuple.src).has(AddressClass::NODE)
+}
+
+#[inline(never)]
+fn tuple_hash<F: Flows>(flows: &F, tuple: &Tuple) -> u64 {
+    flows.config().map_or(0, |config| select::hash_tuple(config.hash_key, tuple))
+}
+
 #[inline(always)]
 fn client_of<F: Flows>(flows: &F, tuple: &Tuple, service: u32) -> Client {
-    let (inside, key) = match flows.config() {
-        Some(config) => (config.is_cluster_address(&tuple.src), config.hash_key),
-        None => (false, [0; 2]),
-    };
     Client {
-        inside: inside || flows.address(&tuple.src).has(AddressClass::NODE),
+        inside: is_inside(flows, tuple),
         affinity: pick::affinity_of_address(&tuple.src, service),
-        hash: select::hash_tuple(key, tuple),
+        hash: tuple_hash(flows, tuple),
     }
 }
 
@@ -541,7 +549,7 @@ fn needs_snat<F: Flows>(flows: &F, tuple: &Tuple, frontend: FrontendValue, pick:
 
 /// The backend that a frontend gives a client, and the source that the backend is to see.
 #[inline(never)]
-fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend) -> Result<Target, Verdict> {
+fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: u32) -> Result<Target, Verdict> {
     let tuple = &packet.tuple;
     let service = frontend.value.service;
     let client = client_of(flows, tuple, service);
@@ -552,7 +560,7 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend) -> Result<T
             return Err(Verdict::Refuse(reason, refusal));
         }
     };
-    let mut flags = if pick.affine { FlowValue::AFFINITY } else { 0 };
+    flags |= if pick.affine { FlowValue::AFFINITY } else { 0 };
     let mut nat = Addr::UNSPECIFIED_V6;
     if needs_snat(flows, tuple, frontend.value, &pick) {
         match flows.source_towards(&tuple.src, &pick.backend.addr) {
@@ -561,7 +569,7 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend) -> Result<T
         }
         flags |= FlowValue::SNAT;
     }
-    Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags, clash: false })
+    Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags })
 }
 
 /// A direct connection to a backend whose tuple a translated flow from the same device already has: it gets another
@@ -587,8 +595,7 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
         id: 0,
         service: 0,
         nat: Addr::UNSPECIFIED_V6,
-        flags: FlowValue::DIRECT,
-        clash: true,
+        flags: FlowValue::DIRECT | FlowValue::ALIAS,
     })
 }
 
@@ -607,8 +614,6 @@ pub struct Target {
     pub nat: Addr,
     /// Flags of [`FlowValue`].
     pub flags: u32,
-    /// The client's port towards the backend is known to be another connection's.
-    pub clash: bool,
 }
 
 /// Last stage: stores the entries of a new flow: plain, under a source port that nobody else uses towards the backend; snat
@@ -658,7 +663,7 @@ fn towards(tuple: &Tuple, target: &Target, sport: Be16) -> Tuple {
 #[inline(never)]
 fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue) -> Be16 {
     let mut plain = towards(tuple, target, tuple.sport);
-    let taken = target.clash || tuple.proto != Proto::TCP && flows.tracked(&plain) != Tracked::Unknown;
+    let taken = value.has(FlowValue::ALIAS) || tuple.proto != Proto::TCP && flows.tracked(&plain) != Tracked::Unknown;
     if !taken && claim_plain(flows, &plain, value) {
         return tuple.sport;
     }
@@ -673,14 +678,15 @@ fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: 
 /// Stores the snat entry, and the plain entry again with what it got.
 #[inline(never)]
 fn take_nat_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue, sport: Be16) -> bool {
-    let plain = towards(tuple, target, sport);
-    if !claim_snat(flows, &plain, value) {
-        return false;
-    }
+    claim_snat(flows, &towards(tuple, target, sport), value) && store_plain(flows, tuple, target, value, sport)
+}
+
+#[inline(never)]
+fn store_plain<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue, sport: Be16) -> bool {
     value.peer = tuple.dst;
     value.peer_port = tuple.dport;
     value.alias_port = if sport == tuple.sport { Be16::ZERO } else { tuple.sport };
-    flows.insert_pending(&plain.plain_key().0, value, false)
+    flows.insert_pending(&towards(tuple, target, sport).plain_key().0, value, false)
 }
 
 #[inline(never)]
@@ -788,17 +794,12 @@ fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16) -
         return false;
     }
     let count = last - first + 1;
-    let start = select::position(port_hash(flows, tuple), count);
+    let start = select::position(tuple_hash(flows, tuple) >> 32, count);
     flows.search(count, |step| {
         let offset = start + step;
         let offset = if offset >= count { offset - count } else { offset };
         claim(Port((first + offset) as u16).be())
     })
-}
-
-#[inline(never)]
-fn port_hash<F: Flows>(flows: &F, tuple: &Tuple) -> u64 {
-    flows.config().map_or(0, |config| select::hash_tuple(config.hash_key, tuple) >> 32)
 }
 
 /// An ICMP error at ingress: about a packet we sent with a rewritten source, or about a reply from a frontend.
@@ -819,6 +820,16 @@ fn icmp_error<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: 
     PASS
 }
 
+/// Decides on a packet that leaves by a device, unless it is an ICMP error or a fragment: [`egress`] knows those.
+#[inline(always)]
+pub fn egress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
+    match packet.kind {
+        Kind::Transport if !packet.first_fragment => Some(leaving(flows, packet)),
+        Kind::Echo | Kind::Other => Some(untranslated(flows, packet)),
+        _ => None,
+    }
+}
+
 /// Decides on a packet that leaves by a device.
 #[inline(always)]
 pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
@@ -831,6 +842,12 @@ pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
         }
         Kind::IcmpError | Kind::IcmpRedirect => {}
     }
+    leaving(flows, packet)
+}
+
+/// A packet with a tuple, at egress.
+#[inline(always)]
+fn leaving<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
     let (key, src_first) = packet.tuple.plain_key();
     let Some(plain) = find(flows, &key) else { return untranslated(flows, packet) };
     let from_client = plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first;

@@ -19,6 +19,8 @@ pub trait Packet {
 const MAX_VLAN_TAGS: usize = 2;
 /// IPv6 extension headers that are looked through; longer chains pass untouched.
 const MAX_EXTENSIONS: usize = 6;
+/// The same inside a quote: hop-by-hop and fragment, say.
+const MAX_QUOTED_EXTENSIONS: usize = 2;
 /// No offset beyond this is read: what the longest chains above can take.
 const MAX_OFFSET: usize = 2048;
 
@@ -92,8 +94,11 @@ enum FragmentPart {
 }
 
 /// Parses a frame that begins with an Ethernet header. `None`: not an IP packet that could concern us.
+///
+/// `QUOTES`: look into what ICMP errors quote. Without, their tuple is that of the error itself, without ports: enough to
+/// see that it is an error, at half the code.
 #[inline(always)]
-pub fn parse_ethernet<P: Packet>(packet: &P) -> Option<Parsed> {
+pub fn parse_ethernet<P: Packet, const QUOTES: bool>(packet: &P) -> Option<Parsed> {
     let mut kind = packet.load::<Ethernet>(0)?.ethertype;
     let mut offset = size_of::<Ethernet>();
     for _ in 0..MAX_VLAN_TAGS {
@@ -104,35 +109,35 @@ pub fn parse_ethernet<P: Packet>(packet: &P) -> Option<Parsed> {
         offset += size_of::<Vlan>();
     }
     match kind {
-        ethertype::IPV4 => parse_v4(packet, offset),
-        ethertype::IPV6 => parse_v6(packet, offset),
+        ethertype::IPV4 => parse_v4::<P, QUOTES>(packet, offset),
+        ethertype::IPV6 => parse_v6::<P, QUOTES>(packet, offset),
         _ => None,
     }
 }
 
-/// Parses a packet that begins with its IP header.
+/// Parses a packet that begins with its IP header, likewise.
 #[inline(always)]
-pub fn parse_ip<P: Packet>(packet: &P) -> Option<Parsed> {
+pub fn parse_ip<P: Packet, const QUOTES: bool>(packet: &P) -> Option<Parsed> {
     match packet.load::<Extension>(0)?.next_header >> 4 {
-        4 => parse_v4(packet, 0),
-        6 => parse_v6(packet, 0),
+        4 => parse_v4::<P, QUOTES>(packet, 0),
+        6 => parse_v6::<P, QUOTES>(packet, 0),
         _ => None,
     }
 }
 
 #[inline(always)]
-fn parse_v4<P: Packet>(packet: &P, l3: usize) -> Option<Parsed> {
+fn parse_v4<P: Packet, const QUOTES: bool>(packet: &P, l3: usize) -> Option<Parsed> {
     let ip = ipv4(packet, l3)?;
-    transport(packet, l3, ip, Proto::ICMP.0)
+    transport::<P, QUOTES>(packet, l3, ip, Proto::ICMP.0)
 }
 
 #[inline(always)]
-fn parse_v6<P: Packet>(packet: &P, l3: usize) -> Option<Parsed> {
-    let ip = ipv6(packet, l3)?;
+fn parse_v6<P: Packet, const QUOTES: bool>(packet: &P, l3: usize) -> Option<Parsed> {
+    let ip = ipv6(packet, l3, MAX_EXTENSIONS)?;
     if ip.src.is_v4() || ip.dst.is_v4() || ip.src.is_v6_link_local() || ip.dst.is_v6_link_local() {
         return None;
     }
-    transport(packet, l3, ip, Proto::ICMPV6.0)
+    transport::<P, QUOTES>(packet, l3, ip, Proto::ICMPV6.0)
 }
 
 #[inline(always)]
@@ -159,7 +164,7 @@ fn ipv4<P: Packet>(packet: &P, l3: usize) -> Option<Ip> {
 }
 
 #[inline(always)]
-fn ipv6<P: Packet>(packet: &P, l3: usize) -> Option<Ip> {
+fn ipv6<P: Packet>(packet: &P, l3: usize, max_extensions: usize) -> Option<Ip> {
     let header = packet.load::<Ipv6>(l3)?;
     if u32::from_be(header.version) >> 28 != 6 {
         return None;
@@ -172,7 +177,7 @@ fn ipv6<P: Packet>(packet: &P, l3: usize) -> Option<Ip> {
         fragment: FragmentPart::Whole,
         id: 0,
     };
-    for _ in 0..MAX_EXTENSIONS {
+    for _ in 0..max_extensions {
         if !skip_extension(packet, &mut ip)? {
             break;
         }
@@ -216,7 +221,7 @@ fn skip_extension<P: Packet>(packet: &P, ip: &mut Ip) -> Option<bool> {
 }
 
 #[inline(always)]
-fn transport<P: Packet>(packet: &P, l3: usize, ip: Ip, icmp_proto: u8) -> Option<Parsed> {
+fn transport<P: Packet, const QUOTES: bool>(packet: &P, l3: usize, ip: Ip, icmp_proto: u8) -> Option<Parsed> {
     if ip.l4 >= MAX_OFFSET {
         return None;
     }
@@ -248,7 +253,7 @@ fn transport<P: Packet>(packet: &P, l3: usize, ip: Ip, icmp_proto: u8) -> Option
             control(packet, ip.l4, &mut parsed)?;
         }
     } else if ip.proto == icmp_proto && !later {
-        icmp(packet, ip.l4, icmp_proto, &mut parsed)?;
+        icmp::<P, QUOTES>(packet, ip.l4, icmp_proto, &mut parsed)?;
     }
     Some(parsed)
 }
@@ -287,16 +292,16 @@ const fn icmp_kind(v6: bool, kind: u8) -> Kind {
 }
 
 #[inline(always)]
-fn icmp<P: Packet>(packet: &P, offset: usize, icmp_proto: u8, parsed: &mut Parsed) -> Option<()> {
+fn icmp<P: Packet, const QUOTES: bool>(packet: &P, offset: usize, icmp_proto: u8, parsed: &mut Parsed) -> Option<()> {
     let v6 = icmp_proto == Proto::ICMPV6.0;
     let kind = icmp_kind(v6, packet.load::<Icmp>(offset)?.kind);
-    if kind != Kind::IcmpError && kind != Kind::IcmpRedirect {
+    if !QUOTES || kind != Kind::IcmpError && kind != Kind::IcmpRedirect {
         parsed.kind = kind;
         return Some(());
     }
     let quoted_l3 = offset + size_of::<Icmp>();
     // A quote too short to tell its ports concerns no flow: the error passes as it is.
-    let Some(quoted) = (if v6 { ipv6(packet, quoted_l3) } else { ipv4(packet, quoted_l3) }) else { return Some(()) };
+    let Some(quoted) = (if v6 { ipv6(packet, quoted_l3, MAX_QUOTED_EXTENSIONS) } else { ipv4(packet, quoted_l3) }) else { return Some(()) };
     let known = quoted.proto == Proto::TCP.0 || quoted.proto == Proto::UDP.0;
     if !known || quoted.fragment == FragmentPart::Later || quoted.l4 >= MAX_OFFSET {
         return Some(());

@@ -74,12 +74,12 @@ impl Place {
 #[btf_map]
 static programs: ProgramArray<6> = ProgramArray::new();
 /// Positions of the programs of the same names in the array.
-const FLOW: u32 = 0;
-const OPEN: u32 = 1;
-const CREATE: u32 = 2;
-const ANSWER: u32 = 3;
-const PULL: u32 = 4;
-const PULLED_EGRESS: u32 = 5;
+const READ: u32 = 0;
+const FLOW: u32 = 1;
+const OPEN: u32 = 2;
+const CREATE: u32 = 3;
+const ANSWER: u32 = 4;
+const REST: u32 = 5;
 
 /// Goes on in another program. Comes back only if the agent has not filled the array yet.
 #[inline(always)]
@@ -122,31 +122,43 @@ pub fn egress_l3(ctx: TcContext) -> i32 {
 /// tail-called find here what the one before them left.
 #[inline(always)]
 fn parsed_room() -> Option<&'static mut MaybeUninit<Parsed>> {
-    // SAFETY: the map's element for this CPU, which only the running program uses.
-    maps::parsed_packets.get_ptr_mut(0).map(|room| unsafe { &mut *room })
+    // SAFETY: the map's element for this CPU, which only the running program uses; large and aligned enough.
+    maps::parsed_packets.get_ptr_mut(0).map(|room| unsafe { &mut *room.cast() })
 }
 
 /// The room of this CPU for what a flow is made of, likewise.
 #[inline(always)]
 fn target_room() -> Option<&'static mut MaybeUninit<Target>> {
     // SAFETY: as in `parsed_room`.
-    maps::targets.get_ptr_mut(0).map(|room| unsafe { &mut *room })
+    maps::targets.get_ptr_mut(0).map(|room| unsafe { &mut *room.cast() })
 }
 
-/// Tail-called by the ingress programs for what they do not know: `packet::ingress_flow`.
+/// Tail-called for a packet that the programs of a device do not know: reads all of it that matters, then goes on.
+#[classifier]
+pub fn read(ctx: TcContext) -> i32 {
+    let skb = SkBuff(ctx.skb.skb);
+    let place = Place::unpack(skb.control());
+    if skb.is_short() {
+        skb.pull();
+    }
+    let Some(room) = parsed_room() else { return NEXT };
+    let Some(parsed) = parse::<true>(&skb, place.link) else { return NEXT };
+    room.write(parsed);
+    go_on(skb, place, if place.end == End::Source { REST } else { FLOW });
+    NEXT
+}
+
+/// Tail-called by [`read`] for a packet that enters: `packet::ingress_flow`.
 #[classifier]
 pub fn flow(ctx: TcContext) -> i32 {
     let skb = SkBuff(ctx.skb.skb);
     let place = Place::unpack(skb.control());
     let Some(room) = parsed_room() else { return NEXT };
-    if !parse_into(skb.0, place.link, room) {
-        return NEXT;
-    }
-    // SAFETY: `parse_into` has filled it.
+    // SAFETY: `read`, which alone goes on here, has filled it.
     let parsed = unsafe { room.assume_init_mut() };
     let env = Env { ctx: Device { skb, is_port: place.is_port } };
     match packet::ingress_flow(&env, parsed) {
-        Step::Done(verdict) => act_apart(skb, place, parsed, &verdict),
+        Step::Done(verdict) => act_apart(skb, place, parsed, verdict),
         Step::Open { clash } => {
             go_on(skb, Place { clash, ..place }, OPEN);
             NEXT
@@ -169,7 +181,7 @@ pub fn open(ctx: TcContext) -> i32 {
             go_on(skb, place, CREATE);
             NEXT
         }
-        Err(verdict) => act_apart(skb, place, parsed, &verdict),
+        Err(verdict) => act_apart(skb, place, parsed, verdict),
     }
 }
 
@@ -183,33 +195,22 @@ pub fn create(ctx: TcContext) -> i32 {
     let (parsed, target) = unsafe { (parsed.assume_init_ref(), room.assume_init_ref()) };
     let env = Env { ctx: Device { skb, is_port: place.is_port } };
     let verdict = packet::create(&env, parsed, target);
-    act_apart(skb, place, parsed, &verdict)
+    act_apart(skb, place, parsed, verdict)
 }
 
-// Functions of their own in the object: each takes its turn on the stack of 512 bytes.
+// A function of its own in the object: it takes its turn on the stack of 512 bytes.
 
 #[inline(never)]
-fn parse_into(skb: *mut __sk_buff, link: Link, room: &mut MaybeUninit<Parsed>) -> bool {
-    match parse(&SkBuff(skb), link) {
-        Some(parsed) => {
-            room.write(parsed);
-            true
-        }
-        None => false,
-    }
+fn apply(skb: *mut __sk_buff, parsed: &Parsed, end: End, rewrite: &Rewrite) -> bool {
+    rewrite::apply(&mut SkBuff(skb), parsed, end, rewrite)
 }
 
-#[inline(never)]
-fn apply(skb: *mut __sk_buff, parsed: &Parsed, rewrite: &Rewrite) -> bool {
-    rewrite::apply(&mut SkBuff(skb), parsed, End::Destination, rewrite)
-}
-
-/// As [`act`], for the ingress programs that are tail-called.
+/// As [`act`], for the programs that are tail-called.
 #[inline(always)]
-fn act_apart(skb: SkBuff, place: Place, parsed: &Parsed, verdict: &Verdict) -> i32 {
+fn act_apart(skb: SkBuff, place: Place, parsed: &Parsed, verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Rewrite(rewrite) => {
-            if !apply(skb.0, parsed, rewrite) {
+            if !apply(skb.0, parsed, place.end, &rewrite) {
                 counter::drop(DropReason::RewriteFailed);
                 return TC_ACT_SHOT;
             }
@@ -217,29 +218,21 @@ fn act_apart(skb: SkBuff, place: Place, parsed: &Parsed, verdict: &Verdict) -> i
             NEXT
         }
         Verdict::Pass => NEXT,
-        Verdict::Refuse(reason, refusal) => refuse(skb, place, *reason, *refusal),
+        Verdict::Refuse(reason, refusal) => refuse(skb, place, reason, refusal),
     }
 }
 
-/// Tail-called for a packet whose headers are not all in its linear part.
+/// Tail-called by [`read`] for a packet that leaves: `packet::egress`.
 #[classifier]
-pub fn pull(ctx: TcContext) -> i32 {
+pub fn rest(ctx: TcContext) -> i32 {
     let skb = SkBuff(ctx.skb.skb);
     let place = Place::unpack(skb.control());
-    skb.pull();
-    go_on(skb, place, if place.end == End::Source { PULLED_EGRESS } else { FLOW });
-    NEXT
-}
-
-/// Tail-called by [`pull`] for a packet that leaves.
-#[classifier]
-pub fn pulled_egress(ctx: TcContext) -> i32 {
-    let skb = SkBuff(ctx.skb.skb);
-    let place = Place::unpack(skb.control());
-    match parse(&skb, place.link) {
-        Some(parsed) => leave_parsed(skb, place, parsed),
-        None => NEXT,
-    }
+    let Some(room) = parsed_room() else { return NEXT };
+    // SAFETY: `read`, which alone goes on here, has filled it.
+    let parsed = unsafe { room.assume_init_mut() };
+    let env = Env { ctx: Device { skb, is_port: false } };
+    let verdict = packet::egress(&env, parsed);
+    act_apart(skb, place, parsed, verdict)
 }
 
 /// Tail-called for a packet that is refused with an answer.
@@ -247,8 +240,10 @@ pub fn pulled_egress(ctx: TcContext) -> i32 {
 pub fn answer(ctx: TcContext) -> i32 {
     let skb = SkBuff(ctx.skb.skb);
     let place = Place::unpack(skb.control());
-    let Some(parsed) = parse(&skb, place.link) else { return TC_ACT_SHOT };
-    answer::reject(skb, place.link, &parsed, place.end)
+    let Some(parsed) = parsed_room() else { return TC_ACT_SHOT };
+    // SAFETY: `refuse`, by which alone one comes here, has filled it.
+    let parsed = unsafe { parsed.assume_init_ref() };
+    answer::reject(skb, place.link, parsed, place.end)
 }
 
 /// True if the frame is for the bridge itself, that is, for this node: the others are switched, and nobody's business.
@@ -263,10 +258,10 @@ fn goes_to_bridge(skb: &SkBuff) -> bool {
 }
 
 #[inline(always)]
-fn parse(skb: &SkBuff, link: Link) -> Option<Parsed> {
+fn parse<const QUOTES: bool>(skb: &SkBuff, link: Link) -> Option<Parsed> {
     match link {
-        Link::Ethernet => wire::parse_ethernet(skb),
-        Link::None => wire::parse_ip(skb),
+        Link::Ethernet => wire::parse_ethernet::<_, QUOTES>(skb),
+        Link::None => wire::parse_ip::<_, QUOTES>(skb),
     }
 }
 
@@ -276,20 +271,15 @@ fn enter(skb: SkBuff, place: Place) -> i32 {
     if !place.is_port && skb.packet_type() != PACKET_HOST {
         return NEXT;
     }
-    let parsed = match parse(&skb, place.link) {
-        Some(parsed) if parsed.kind != Kind::Other => parsed,
-        _ if skb.is_short() => {
-            go_on(skb, place, PULL);
-            return NEXT;
-        }
-        Some(parsed) => parsed,
-        None => return NEXT,
-    };
+    let Some(parsed) = parse::<false>(&skb, place.link) else { return read_if_short(skb, place) };
+    if parsed.kind == Kind::Other && skb.is_short() {
+        return read_if_short(skb, place);
+    }
     let env = Env { ctx: Device { skb, is_port: place.is_port } };
     match packet::ingress_known(&env, &parsed) {
         Some(verdict) => act(skb, place, &parsed, verdict),
         None => {
-            go_on(skb, place, FLOW);
+            go_on(skb, place, READ);
             NEXT
         }
     }
@@ -297,22 +287,27 @@ fn enter(skb: SkBuff, place: Place) -> i32 {
 
 #[inline(always)]
 fn leave(skb: SkBuff, place: Place) -> i32 {
-    match parse(&skb, place.link) {
-        Some(parsed) if parsed.kind != Kind::Other => leave_parsed(skb, place, parsed),
-        _ if skb.is_short() => {
-            go_on(skb, place, PULL);
+    let Some(parsed) = parse::<false>(&skb, place.link) else { return read_if_short(skb, place) };
+    if parsed.kind == Kind::Other && skb.is_short() {
+        return read_if_short(skb, place);
+    }
+    let env = Env { ctx: Device { skb, is_port: false } };
+    match packet::egress_known(&env, &parsed) {
+        Some(verdict) => act(skb, place, &parsed, verdict),
+        None => {
+            go_on(skb, place, READ);
             NEXT
         }
-        Some(parsed) => leave_parsed(skb, place, parsed),
-        None => NEXT,
     }
 }
 
+/// What could not be read may lie beyond the linear part.
 #[inline(always)]
-fn leave_parsed(skb: SkBuff, place: Place, mut parsed: Parsed) -> i32 {
-    let env = Env { ctx: Device { skb, is_port: false } };
-    let verdict = packet::egress(&env, &mut parsed);
-    act(skb, place, &parsed, verdict)
+fn read_if_short(skb: SkBuff, place: Place) -> i32 {
+    if skb.is_short() {
+        go_on(skb, place, READ);
+    }
+    NEXT
 }
 
 /// Does what was decided.
@@ -328,10 +323,16 @@ fn act(mut skb: SkBuff, place: Place, parsed: &Parsed, verdict: Verdict) -> i32 
             counter::packet(rewrite.service, skb.len());
             NEXT
         }
-        Verdict::Refuse(reason, refusal) => refuse(skb, place, reason, refusal),
+        Verdict::Refuse(reason, refusal) => {
+            if let Some(room) = parsed_room() {
+                room.write(*parsed);
+            }
+            refuse(skb, place, reason, refusal)
+        }
     }
 }
 
+/// Refuses a packet; what was parsed of it lies in its room.
 #[inline(always)]
 fn refuse(skb: SkBuff, place: Place, reason: DropReason, refusal: Refusal) -> i32 {
     counter::drop(reason);
