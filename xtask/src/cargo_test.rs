@@ -131,7 +131,10 @@ fn has_kind(target: &Value, kind: &str) -> bool {
 /// Builds the selected test binaries; those without privilege come first.
 pub fn build(selection: &Selection) -> Result<Vec<TestBinary>> {
     let which: &[&str] = match selection {
-        Selection::All | Selection::Unit | Selection::Filter(_) => &["--workspace", "--tests"],
+        // The feature brings the tests of `verify_load`.
+        Selection::All | Selection::Unit | Selection::Filter(_) => {
+            &["--workspace", "--features", "xtask/loader", "--tests"]
+        }
         Selection::Package(name) => &["--package", name, "--tests"],
         Selection::Suite(name) => &["--package", SUITES_PACKAGE, "--test", name],
     };
