@@ -29,6 +29,7 @@ use crate::datapath::{node, restore, sys};
 use crate::drain::{self, Drain};
 use crate::model::{NodeFacts, SourceSpec, Update, Writer};
 use crate::planner::{SnatPorts, State};
+use crate::source::manifests::{self, Manifests};
 use proxy_common::abi::config::Config as ProgramConfig;
 
 /// Updates of sources that may wait for the store.
@@ -105,7 +106,7 @@ async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -
     }
 
     let (facts_sender, facts) = watch::channel(Arc::new(node::facts(&config.facts, &network.borrow())));
-    let sources = Vec::<SourceSpec>::new();
+    let sources = sources(config);
     let initial = facts.borrow().clone();
     let (writer, snapshots) = Writer::new(initial, &sources);
     let (updates_sender, updates) = mpsc::channel::<Update>(UPDATE_QUEUE);
@@ -129,6 +130,7 @@ async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -
     let attachments = attach::Task {
         sockets: sockets(config, pins)?,
         devices: DeviceLinks::new(pins, netns, config.devices.clone(), loaded.programs, &loaded.maps)?,
+        continuations: loaded.continuations,
         network: network.clone(),
         is_adopted: loaded.adopted,
         status: status.clone(),
@@ -146,8 +148,18 @@ async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -
     let its_drain = drain.clone();
     parts.spawn("attachments", async { Ok(attachments.run(its_drain).await?) });
     parts.spawn("readiness", drained(drain.clone(), announce(status, attached, config.ready_file.clone())));
+    if let Some(folder) = &config.manifests {
+        let source = Manifests::new(folder.clone(), updates_sender.clone());
+        parts.spawn("manifests", drained(drain.clone(), async { Ok(source.run().await?) }));
+    }
+    // The store ends when the last source does.
     drop(updates_sender);
     Ok(())
+}
+
+/// What is configured to be listed.
+fn sources(config: &Config) -> Vec<SourceSpec> {
+    config.manifests.iter().map(|_| manifests::SPEC).collect()
 }
 
 /// A part without an end of its own: the drain ends it.
@@ -161,7 +173,10 @@ async fn drained(mut drain: Drain, part: impl Future<Output = Result<()>>) -> Re
 fn tell_loaded(loaded: &Loaded) {
     info!(adopted = loaded.adopted, "programs loaded");
     for kfunc in &loaded.missing_kfuncs {
-        warn!(function = kfunc.name, "the kernel lacks a function: connections that a predecessor translates are not recognised");
+        warn!(
+            function = kfunc.name,
+            "the kernel lacks a function: connections that a predecessor translates are not recognised"
+        );
     }
 }
 

@@ -18,11 +18,15 @@ pub(super) fn run(bpffs: &Path) -> Result<()> {
     let detached = attach::detach_all(&pins)?;
     node::release_ports(&pins)?;
     let layouts = pins.layouts()?;
-    for layout in &layouts {
-        pins::remove_layout(layout)?;
+    for directory in layouts.iter().chain([&pins.continuations()]) {
+        pins::remove_layout(directory)?;
     }
     // The lock is an open directory: it would keep the mount busy.
     drop(lock);
     pins.remove_directories()?;
-    super::print(&format!("{detached} links and {} layouts of tables removed from {}\n", layouts.len(), bpffs.display()))
+    super::print(&format!(
+        "{detached} links and {} layouts of tables removed from {}\n",
+        layouts.len(),
+        bpffs.display()
+    ))
 }

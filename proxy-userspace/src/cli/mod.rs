@@ -146,11 +146,9 @@ fn execute(command: Command) -> Result<()> {
         Command::Backends(args) => show::backends(&args),
         Command::Flows(args) => show::flows(&args),
         Command::Cleanup(args) => cleanup::run(&args.bpffs),
-        Command::Version => print(&format!(
-            "shunt {}\ntable layout {}\n",
-            env!("CARGO_PKG_VERSION"),
-            proxy_common::abi::ABI_VERSION
-        )),
+        Command::Version => {
+            print(&format!("shunt {}\ntable layout {}\n", env!("CARGO_PKG_VERSION"), proxy_common::abi::ABI_VERSION))
+        }
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "shunt", &mut script);

@@ -141,8 +141,19 @@ impl SetView {
 }
 
 impl Row for ServiceView {
-    const TITLES: &'static [&'static str] =
-        &["ID", "SERVICE", "FRONTENDS", "CLUSTER", "LOCAL", "AFFINITY", "SOCKETS", "FLOWS", "PACKETS", "BYTES", "REFUSED"];
+    const TITLES: &'static [&'static str] = &[
+        "ID",
+        "SERVICE",
+        "FRONTENDS",
+        "CLUSTER",
+        "LOCAL",
+        "AFFINITY",
+        "SOCKETS",
+        "FLOWS",
+        "PACKETS",
+        "BYTES",
+        "REFUSED",
+    ];
 
     fn cells(&self) -> Vec<String> {
         let affinity = match self.affinity_seconds {
@@ -253,7 +264,8 @@ fn users(tables: &Tables) -> BTreeMap<BackendId, Vec<String>> {
 }
 
 impl Row for FlowView {
-    const TITLES: &'static [&'static str] = &["PROTO", "CLIENT", "FRONTEND", "BACKEND", "SOURCE", "STATE", "IDLE", "SERVICE"];
+    const TITLES: &'static [&'static str] =
+        &["PROTO", "CLIENT", "FRONTEND", "BACKEND", "SOURCE", "STATE", "IDLE", "SERVICE"];
 
     fn cells(&self) -> Vec<String> {
         vec![

@@ -202,9 +202,7 @@ fn check_sizes(sizes: &Sizes, check: &mut Check) {
 }
 
 fn check_level(text: &str) -> Result<(), String> {
-    text.parse::<tracing_subscriber::filter::Targets>()
-        .map(drop)
-        .map_err(|error| format!("{text:?}: {error}"))
+    text.parse::<tracing_subscriber::filter::Targets>().map(drop).map_err(|error| format!("{text:?}: {error}"))
 }
 
 #[cfg(test)]
@@ -250,7 +248,8 @@ mod tests {
 
     #[test]
     fn node_port_addresses() {
-        let node_ports = |text: &str| config(&format!("--manifests m --nodeport-addresses {text}")).unwrap().facts.node_ports;
+        let node_ports =
+            |text: &str| config(&format!("--manifests m --nodeport-addresses {text}")).unwrap().facts.node_ports;
         assert_eq!(node_ports("all"), NodePortAddresses::All);
         let within = NodePortAddresses::Within(["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()].into());
         assert_eq!(node_ports("10.0.0.0/8,fd00::/8"), within);
@@ -258,6 +257,9 @@ mod tests {
 
     #[test]
     fn a_prefix_with_host_bits_is_refused_with_the_right_one() {
-        assert_eq!(parse_cidr("10.1.0.0/8").unwrap_err(), "10.1.0.0/8 has bits beyond its length; 10.0.0.0/8 is meant?");
+        assert_eq!(
+            parse_cidr("10.1.0.0/8").unwrap_err(),
+            "10.1.0.0/8 has bits beyond its length; 10.0.0.0/8 is meant?"
+        );
     }
 }

@@ -21,7 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use super::device::{Attachment, Choice, Device, decide_attachment};
-use super::kernel::{self, MapFds, Programs};
+use super::kernel::{self, Continuations, MapFds, Programs};
 use super::maps::{self, Table};
 use super::network::Network;
 use super::pins::{self, Pins};
@@ -430,6 +430,8 @@ pub struct Task {
     pub sockets: Option<SocketLinks>,
     /// The hooks of devices.
     pub devices: DeviceLinks,
+    /// What the programs go on in.
+    pub continuations: Continuations,
     /// Devices of the node.
     pub network: watch::Receiver<Network>,
     /// Programs of an earlier agent are running: they are replaced at once, without waiting for `status`.
@@ -460,7 +462,9 @@ impl Task {
                 self.attached.send_replace(true);
                 Duration::MAX
             } else {
-                errors.iter().for_each(|error| warn!(error = chain(error), "a device is not served, it will be tried again"));
+                errors
+                    .iter()
+                    .for_each(|error| warn!(error = chain(error), "a device is not served, it will be tried again"));
                 backoff.next_wait()
             };
             tokio::select! {
@@ -474,16 +478,22 @@ impl Task {
     /// Puts our programs behind all links that exist, and attaches the socket hooks.
     fn flip(&mut self) -> Result<(), Error> {
         let network = self.network.borrow().clone();
+        self.continuations.pin(&self.devices.pins)?;
+        let mut is_complete = true;
         for direction in Direction::ORDER {
             if let Some(sockets) = &self.sockets {
                 sockets.attach(self.devices.programs(), direction)?;
             }
             for error in self.devices.replace(&network, direction) {
                 warn!(error = chain(&error), "a program was not replaced");
+                is_complete = false;
             }
         }
         if self.sockets.is_none() {
             detach_sockets(&self.devices.pins)?;
+        }
+        if is_complete {
+            self.continuations.prune_others(&self.devices.pins)?;
         }
         Ok(())
     }

@@ -107,18 +107,21 @@ fn supersedes(newer: &Op, older: &Op) -> bool {
             RetireService { id: new },
             PutName { id: old, .. } | PublishService { id: old, .. } | RetireService { id: old },
         ) => new == old,
-        (PutBackend { id: new, .. } | RetireBackend { id: new }, PutBackend { id: old, .. } | RetireBackend { id: old }) => {
-            new == old
-        }
+        (
+            PutBackend { id: new, .. } | RetireBackend { id: new },
+            PutBackend { id: old, .. } | RetireBackend { id: old },
+        ) => new == old,
         (WriteSlots { base: new, slots: new_slots }, WriteSlots { base: old, slots: old_slots }) => {
             overlap((*new, new_slots.len()), (*old, old_slots.len()))
         }
-        (PutFrontend { at: new, .. } | DeleteFrontend { at: new }, PutFrontend { at: old, .. } | DeleteFrontend { at: old }) => {
-            new == old
-        }
-        (PutAddress { addr: new, .. } | DeleteAddress { addr: new }, PutAddress { addr: old, .. } | DeleteAddress { addr: old }) => {
-            new == old
-        }
+        (
+            PutFrontend { at: new, .. } | DeleteFrontend { at: new },
+            PutFrontend { at: old, .. } | DeleteFrontend { at: old },
+        ) => new == old,
+        (
+            PutAddress { addr: new, .. } | DeleteAddress { addr: new },
+            PutAddress { addr: old, .. } | DeleteAddress { addr: old },
+        ) => new == old,
         (PutPorts { index: new, .. }, PutPorts { index: old, .. }) => new == old,
         _ => false,
     }

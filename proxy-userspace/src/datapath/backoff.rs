@@ -24,4 +24,3 @@ impl Backoff {
         wait / 2 + wait.mul_f64(f64::from(share) / f64::from(u16::MAX)) / 2
     }
 }
-

@@ -201,7 +201,14 @@ mod tests {
 
     #[test]
     fn ordinary_devices_get_the_ethernet_pair_whatever_their_name() {
-        for (name, kind) in [("eth0", ""), ("veth1a2b", "veth"), ("cni0", "bridge"), ("flannel.1", "vxlan"), ("q", "vlan"), ("b", "bond")] {
+        for (name, kind) in [
+            ("eth0", ""),
+            ("veth1a2b", "veth"),
+            ("cni0", "bridge"),
+            ("flannel.1", "vxlan"),
+            ("q", "vlan"),
+            ("b", "bond"),
+        ] {
             assert_eq!(decide(&device(name, kind)), Ok(Attachment::Ethernet), "{name}");
         }
     }
@@ -244,7 +251,9 @@ mod tests {
 
     #[test]
     fn globs() {
-        for (pattern, name) in [("*", ""), ("eth*", "eth"), ("e*0", "eth0"), ("*a*b*", "xaxxbx"), ("?th?", "eth0"), ("**", "x")] {
+        for (pattern, name) in
+            [("*", ""), ("eth*", "eth"), ("e*0", "eth0"), ("*a*b*", "xaxxbx"), ("?th?", "eth0"), ("**", "x")]
+        {
             assert!(matches_glob(pattern, name), "{pattern} {name}");
         }
         for (pattern, name) in [("", "x"), ("eth", "eth0"), ("eth?", "eth"), ("*ab", "abx"), ("a*b*c", "acb")] {

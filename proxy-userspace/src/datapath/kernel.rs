@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
+use aya::maps::Map;
 use aya::programs::{Program, ProgramError};
 use aya::{EbpfError, EbpfLoader};
-use aya_obj::EbpfSectionKind;
 
 use super::btf::{self, Field};
 use super::kfunc::{self, KFUNCS, Kfunc};
@@ -104,20 +105,12 @@ pub struct Mismatch {
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} of {} is {}, wanted {}",
-            self.property, self.map, self.pinned, self.wanted
-        )
+        write!(f, "{} of {} is {}, wanted {}", self.property, self.map, self.pinned, self.wanted)
     }
 }
 
 fn join(mismatches: &[Mismatch]) -> String {
-    mismatches
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join("; ")
+    mismatches.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// Capacities that an operator may choose.
@@ -148,10 +141,7 @@ impl Sizes {
             ("frontends", self.services.saturating_mul(Self::FRONTENDS_PER_SERVICE)),
             ("backends", self.backends),
             ("slots", self.backends.saturating_mul(Self::SLOTS_PER_BACKEND)),
-            (
-                "addresses",
-                self.backends.saturating_add(self.services.saturating_mul(2)),
-            ),
+            ("addresses", self.backends.saturating_add(self.services.saturating_mul(2))),
             ("flows", self.flows.saturating_mul(Self::ENTRIES_PER_FLOW)),
         ]
     }
@@ -164,10 +154,7 @@ pub struct MapFds(BTreeMap<String, OwnedFd>);
 impl MapFds {
     /// The map of that name.
     pub fn get(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
-        let missing = || Error::Missing {
-            kind: "map",
-            name: name.to_owned(),
-        };
+        let missing = || Error::Missing { kind: "map", name: name.to_owned() };
         self.0.get(name).map(AsFd::as_fd).ok_or_else(missing)
     }
 
@@ -199,10 +186,7 @@ pub struct Programs(BTreeMap<String, OwnedFd>);
 impl Programs {
     /// The program of that name.
     pub fn get(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
-        let missing = || Error::Missing {
-            kind: "program",
-            name: name.to_owned(),
-        };
+        let missing = || Error::Missing { kind: "program", name: name.to_owned() };
         self.0.get(name).map(AsFd::as_fd).ok_or_else(missing)
     }
 }
@@ -214,6 +198,8 @@ pub struct Loaded {
     pub maps: MapFds,
     /// All programs.
     pub programs: Programs,
+    /// Where the programs find those that they go on in. To be kept when all links run these programs.
+    pub continuations: Continuations,
     /// Kernel functions that the kernel lacks; the programs do without.
     pub missing_kfuncs: Vec<Kfunc>,
     /// True if the maps of an earlier agent were there.
@@ -223,6 +209,71 @@ pub struct Loaded {
 pub(super) fn on_map(action: &'static str, name: &str) -> impl FnOnce(io::Error) -> Error {
     let name = name.to_owned();
     move |source| Error::Map { action, name, source }
+}
+
+/// Maps that outlive the programs: what `proxy_common::abi` lays out, and the marks of kept source ports. All other maps
+/// belong to one load of the programs, which keep them alive: scratch space of one version is never read by another.
+const SHARED: [&str; 18] = [
+    "addresses",
+    "affinity",
+    "backends",
+    "config",
+    "devices",
+    "drop_counters",
+    "flows",
+    "flows_pending",
+    "fragments",
+    "frontends",
+    "kept_ports",
+    "ports",
+    "service_counters",
+    "service_names",
+    "services",
+    "slots",
+    "sockets",
+    "sockets_udp",
+];
+
+/// Map of the programs in which others go on.
+const CONTINUATIONS: &str = "programs";
+
+/// Those programs, by position in the map.
+const CONTINUED_IN: [&str; 6] = ["read", "flow", "open", "create", "answer", "rest"];
+
+/// The map of the programs in which others go on. The kernel empties it when userspace lets go of it, so it is pinned, but
+/// each load has its own: programs of two versions must not go on in each other.
+#[derive(Debug)]
+pub struct Continuations(Option<(OwnedFd, u32)>);
+
+impl Continuations {
+    /// Fills the map of `ebpf`, if the object has one.
+    fn fill(ebpf: &aya::Ebpf, programs: &Programs) -> Result<Self, Error> {
+        let Some(Map::ProgramArray(map)) = ebpf.map(CONTINUATIONS) else { return Ok(Self(None)) };
+        let fd = sys::duplicate(map.fd().as_fd()).map_err(on_map("duplicate", CONTINUATIONS))?;
+        for (position, name) in (0u32..).zip(CONTINUED_IN) {
+            let program = programs.get(name)?.as_raw_fd() as u32;
+            sys::map_update(fd.as_fd(), &position, &program).map_err(on_map("fill", CONTINUATIONS))?;
+        }
+        let id = sys::map_info(fd.as_fd()).map_err(on_map("examine", CONTINUATIONS))?.id;
+        Ok(Self(Some((fd, id))))
+    }
+
+    /// Pins the map beside those of other loads. To be called before a link runs the programs.
+    pub fn pin(&self, pins: &Pins) -> Result<(), Error> {
+        let Some((fd, id)) = &self.0 else { return Ok(()) };
+        sys::pin(fd.as_fd(), &Self::path(pins, *id)).map_err(on_map("pin", CONTINUATIONS))
+    }
+
+    /// Removes the pins of other loads. To be called when every link runs the programs of this one.
+    pub fn prune_others(&self, pins: &Pins) -> Result<(), pins::Error> {
+        let own = self.0.as_ref().map(|(_, id)| Self::path(pins, *id));
+        let others = pins::list(&pins.continuations())?.into_iter().filter(|path| Some(path) != own.as_ref());
+        others.into_iter().try_for_each(|path| pins::unpin(&path))
+    }
+
+    fn path(pins: &Pins, id: u32) -> PathBuf {
+        pins.continuations().join(id.to_string())
+    }
 }
 
 /// Loads `object`: adopts or makes its maps below `pins`, loads its programs.
@@ -236,16 +287,12 @@ pub fn load(object: &[u8], pins: &Pins, sizes: &Sizes) -> Result<Loaded, Error> 
     let missing_kfuncs = kfunc::resolve(&mut patched, |name| kernel.function(name))?;
     let mut ebpf = make_maps(&patched, pins, sizes, &kernel, &declared)?;
     let programs = load_programs(&mut ebpf)?;
+    let continuations = Continuations::fill(&ebpf, &programs)?;
     let maps = open_maps(pins, &declared)?;
-    Ok(Loaded {
-        maps,
-        programs,
-        missing_kfuncs,
-        adopted,
-    })
+    Ok(Loaded { maps, programs, continuations, missing_kfuncs, adopted })
 }
 
-/// The maps that the object declares, with their capacities, by name. Sections of global data are not among them.
+/// The shared maps as the object declares them, with their capacities, by name.
 fn declared_maps(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, MapInfo>, Error> {
     let parsed = aya_obj::Object::parse(object).map_err(Error::Object)?;
     let sizes: BTreeMap<_, _> = sizes.by_map().into_iter().collect();
@@ -260,19 +307,8 @@ fn declared_maps(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, MapInf
         };
         (name, info)
     };
-    Ok(parsed
-        .maps
-        .into_iter()
-        .filter(|(_, map)| is_table(map))
-        .map(declare)
-        .collect())
-}
-
-fn is_table(map: &aya_obj::Map) -> bool {
-    !matches!(
-        map.section_kind(),
-        EbpfSectionKind::Bss | EbpfSectionKind::Data | EbpfSectionKind::Rodata
-    )
+    let is_shared = |(name, _): &(String, aya_obj::Map)| SHARED.contains(&name.as_str());
+    Ok(parsed.maps.into_iter().filter(is_shared).map(declare).collect())
 }
 
 /// True if something is pinned and all of it is as declared; false if nothing is pinned.
@@ -287,11 +323,7 @@ fn check_pinned(pins: &Pins, declared: &BTreeMap<String, MapInfo>) -> Result<boo
         let pinned = sys::map_info(pinned.as_fd()).map_err(on_map("examine", name))?;
         mismatches.extend(compare(name, &pinned, wanted));
     }
-    if mismatches.is_empty() {
-        Ok(any)
-    } else {
-        Err(Error::Layout(mismatches))
-    }
+    if mismatches.is_empty() { Ok(any) } else { Err(Error::Layout(mismatches)) }
 }
 
 fn open_if_pinned(pins: &Pins, name: &str) -> Result<Option<OwnedFd>, Error> {
@@ -311,14 +343,7 @@ fn compare(name: &str, pinned: &MapInfo, wanted: &MapInfo) -> Vec<Mismatch> {
         ("flags", pinned.flags, wanted.flags),
     ];
     let differs = properties.into_iter().filter(|(_, pinned, wanted)| pinned != wanted);
-    differs
-        .map(|(property, pinned, wanted)| Mismatch {
-            map: name.to_owned(),
-            property,
-            pinned,
-            wanted,
-        })
-        .collect()
+    differs.map(|(property, pinned, wanted)| Mismatch { map: name.to_owned(), property, pinned, wanted }).collect()
 }
 
 /// The field of a connection of the kernel's conntrack that says how it is translated.
@@ -349,10 +374,7 @@ fn make_maps(
 fn load_programs(ebpf: &mut aya::Ebpf) -> Result<Programs, Error> {
     let mut programs = BTreeMap::new();
     for (name, program) in ebpf.programs_mut() {
-        let refused = |source| Error::Program {
-            name: name.to_owned(),
-            source: Box::new(source),
-        };
+        let refused = |source| Error::Program { name: name.to_owned(), source: Box::new(source) };
         programs.insert(name.to_owned(), load_program(program).map_err(refused)?);
     }
     Ok(Programs(programs))
@@ -381,14 +403,7 @@ fn open_maps(pins: &Pins, declared: &BTreeMap<String, MapInfo>) -> Result<MapFds
 mod tests {
     use super::*;
 
-    const PINNED: MapInfo = MapInfo {
-        id: 7,
-        kind: 1,
-        key_size: 4,
-        value_size: 8,
-        max_entries: 16,
-        flags: 0,
-    };
+    const PINNED: MapInfo = MapInfo { id: 7, kind: 1, key_size: 4, value_size: 8, max_entries: 16, flags: 0 };
 
     #[test]
     fn every_property_but_the_id_counts() {
@@ -396,14 +411,8 @@ mod tests {
         let others = [
             MapInfo { kind: 2, ..PINNED },
             MapInfo { key_size: 8, ..PINNED },
-            MapInfo {
-                value_size: 9,
-                ..PINNED
-            },
-            MapInfo {
-                max_entries: 17,
-                ..PINNED
-            },
+            MapInfo { value_size: 9, ..PINNED },
+            MapInfo { max_entries: 17, ..PINNED },
             MapInfo { flags: 1, ..PINNED },
         ];
         for wanted in others {
@@ -413,28 +422,14 @@ mod tests {
 
     #[test]
     fn a_mismatch_names_map_property_and_both_values() {
-        let mismatches = compare(
-            "flows",
-            &PINNED,
-            &MapInfo {
-                max_entries: 32,
-                ..PINNED
-            },
-        );
+        let mismatches = compare("flows", &PINNED, &MapInfo { max_entries: 32, ..PINNED });
         let text = Error::Layout(mismatches).to_string();
-        assert_eq!(
-            text,
-            "what is pinned has another layout: capacity of flows is 16, wanted 32"
-        );
+        assert_eq!(text, "what is pinned has another layout: capacity of flows is 16, wanted 32");
     }
 
     #[test]
     fn sizes_saturate_rather_than_wrap() {
-        let sizes = Sizes {
-            services: u32::MAX,
-            backends: u32::MAX,
-            flows: u32::MAX,
-        };
+        let sizes = Sizes { services: u32::MAX, backends: u32::MAX, flows: u32::MAX };
         assert!(sizes.by_map().iter().all(|&(_, capacity)| capacity == u32::MAX));
     }
 }

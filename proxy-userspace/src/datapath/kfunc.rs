@@ -17,18 +17,9 @@ pub struct Kfunc {
 
 /// Kernel functions that the programs may call.
 pub const KFUNCS: [Kfunc; 3] = [
-    Kfunc {
-        id: 1,
-        name: "bpf_skb_ct_lookup",
-    },
-    Kfunc {
-        id: 2,
-        name: "bpf_ct_release",
-    },
-    Kfunc {
-        id: 3,
-        name: "bpf_xdp_ct_lookup",
-    },
+    Kfunc { id: 1, name: "bpf_skb_ct_lookup" },
+    Kfunc { id: 2, name: "bpf_ct_release" },
+    Kfunc { id: 3, name: "bpf_xdp_ct_lookup" },
 ];
 
 /// Bytes of a BPF instruction.

@@ -78,12 +78,7 @@ impl<T: Pod> MappedArray<T> {
         let capacity = checked_capacity::<u32, T>(maps, name)?;
         let bytes = capacity as usize * Self::WORDS * 8;
         let words = MappedWords::map(fd, bytes, writable).map_err(on_map("map into memory", name))?;
-        Ok(Self {
-            name,
-            words,
-            capacity,
-            _type: std::marker::PhantomData,
-        })
+        Ok(Self { name, words, capacity, _type: std::marker::PhantomData })
     }
 
     pub(super) fn capacity(&self) -> u32 {
@@ -92,21 +87,13 @@ impl<T: Pod> MappedArray<T> {
 
     fn at(&self, index: u32) -> Result<&[AtomicU64], Error> {
         let start = index as usize * Self::WORDS;
-        let bounds = || Error::Bounds {
-            table: self.name,
-            index,
-            capacity: self.capacity,
-        };
+        let bounds = || Error::Bounds { table: self.name, index, capacity: self.capacity };
         self.words.words().get(start..start + Self::WORDS).ok_or_else(bounds)
     }
 
     /// The element, word by word: no more consistent than its single words.
     pub(super) fn read(&self, index: u32) -> Result<T, Error> {
-        let words: Vec<u64> = self
-            .at(index)?
-            .iter()
-            .map(|word| word.load(Ordering::Acquire))
-            .collect();
+        let words: Vec<u64> = self.at(index)?.iter().map(|word| word.load(Ordering::Acquire)).collect();
         Ok(from_words(&words))
     }
 }
@@ -117,11 +104,7 @@ fn to_words<T: Pod, const N: usize>(value: &T) -> [u64; N] {
     let mut words = [0; N];
     // SAFETY: `T` is plain bytes without padding, `words` is at least as long, and they do not overlap.
     unsafe {
-        std::ptr::copy_nonoverlapping(
-            (&raw const *value).cast::<u8>(),
-            words.as_mut_ptr().cast(),
-            size_of::<T>(),
-        )
+        std::ptr::copy_nonoverlapping((&raw const *value).cast::<u8>(), words.as_mut_ptr().cast(), size_of::<T>())
     };
     words
 }
@@ -154,12 +137,7 @@ pub(super) struct Table<K, V> {
 impl<K: Pod, V: Pod> Table<K, V> {
     pub(super) fn open(maps: &MapFds, name: &'static str) -> Result<Self, KernelError> {
         let capacity = checked_capacity::<K, V>(maps, name)?;
-        Ok(Self {
-            name,
-            fd: maps.duplicate(name)?,
-            capacity,
-            _types: std::marker::PhantomData,
-        })
+        Ok(Self { name, fd: maps.duplicate(name)?, capacity, _types: std::marker::PhantomData })
     }
 
     pub(super) fn capacity(&self) -> u32 {
@@ -182,10 +160,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     fn refused(&self, source: io::Error) -> Error {
-        Error::Write {
-            table: self.name,
-            source,
-        }
+        Error::Write { table: self.name, source }
     }
 
     /// One entry by a plain call, more by batches.
@@ -195,10 +170,8 @@ impl<K: Pod, V: Pod> Table<K, V> {
         }
         let mut done = 0;
         for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
-            sys::map_update_batch(self.fd.as_fd(), keys, values).map_err(|(more, source)| Refused {
-                done: done + more,
-                source: self.refused(source),
-            })?;
+            sys::map_update_batch(self.fd.as_fd(), keys, values)
+                .map_err(|(more, source)| Refused { done: done + more, source: self.refused(source) })?;
             done += keys.len();
         }
         Ok(())
@@ -214,10 +187,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
                 // The batch ends at a key that is not there.
                 Err((before, source)) if source.raw_os_error() == Some(libc::ENOENT) => done += before + 1,
                 Err((before, source)) => {
-                    return Err(Refused {
-                        done: done + before,
-                        source: self.refused(source),
-                    });
+                    return Err(Refused { done: done + before, source: self.refused(source) });
                 }
             }
         }
@@ -250,12 +220,7 @@ impl<K: Pod, V: Pod> Walk<K, V> {
         let length = BATCH.min(table.capacity.max(64) as usize);
         // SAFETY: keys and values are plain bytes, zero is a value.
         let (key, value) = unsafe { (std::mem::zeroed::<K>(), std::mem::zeroed::<V>()) };
-        Self {
-            cursor: sys::Cursor::default(),
-            keys: vec![key; length],
-            values: vec![value; length],
-            done: false,
-        }
+        Self { cursor: sys::Cursor::default(), keys: vec![key; length], values: vec![value; length], done: false }
     }
 
     /// The next slice, or `None` at the end.
@@ -523,10 +488,7 @@ pub(super) struct PerCpu<V> {
 impl<V: Pod> PerCpu<V> {
     pub(super) fn open(maps: &MapFds, name: &'static str) -> Result<Self, KernelError> {
         let cpus = aya::util::nr_cpus().map_err(|(_, error)| on_map("count CPUs for", name)(error))?;
-        Ok(Self {
-            table: Table::open(maps, name)?,
-            cpus,
-        })
+        Ok(Self { table: Table::open(maps, name)?, cpus })
     }
 
     /// Sets every CPU's copy.
@@ -557,16 +519,8 @@ impl<V: Pod> PerCpu<V> {
     }
 
     fn check(&self, index: u32) -> Result<(), Error> {
-        let bounds = Error::Bounds {
-            table: self.table.name,
-            index,
-            capacity: self.table.capacity,
-        };
-        if index < self.table.capacity {
-            Ok(())
-        } else {
-            Err(bounds)
-        }
+        let bounds = Error::Bounds { table: self.table.name, index, capacity: self.table.capacity };
+        if index < self.table.capacity { Ok(()) } else { Err(bounds) }
     }
 }
 
@@ -576,21 +530,13 @@ mod tests {
 
     #[test]
     fn words_of_a_record_come_back() {
-        let record = ServiceRecord {
-            cluster: 0x0102_0304_0506_0708,
-            local: u64::MAX,
-            affinity: 10800,
-            reserved: 0,
-        };
+        let record = ServiceRecord { cluster: 0x0102_0304_0506_0708, local: u64::MAX, affinity: 10800, reserved: 0 };
         assert_eq!(from_words::<ServiceRecord>(&to_words::<_, 3>(&record)), record);
     }
 
     #[test]
     fn the_state_of_a_backend_lies_in_its_last_word() {
-        let live = BackendRecord {
-            state: BackendRecord::STATE_LIVE,
-            ..BackendRecord::ZERO
-        };
+        let live = BackendRecord { state: BackendRecord::STATE_LIVE, ..BackendRecord::ZERO };
         let [first, second, last] = to_words::<_, 3>(&live);
         assert_eq!((first, second), (0, 0));
         assert_ne!(last, 0);

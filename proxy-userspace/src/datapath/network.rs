@@ -148,7 +148,8 @@ pub struct Watcher {
     connection: tokio::task::JoinHandle<()>,
 }
 
-type Messages = futures_channel::mpsc::UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, rtnetlink::sys::SocketAddr)>;
+type Messages =
+    futures_channel::mpsc::UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, rtnetlink::sys::SocketAddr)>;
 
 impl Watcher {
     /// Opens the socket, lists everything once, and hands out the state.
@@ -194,8 +195,14 @@ impl Watcher {
         let links: Vec<_> =
             self.handle.link().get().execute().try_collect().await.map_err(|error| Error::List("devices", error))?;
         links.iter().for_each(|link| next.put_device(link));
-        let addresses: Vec<_> =
-            self.handle.address().get().execute().try_collect().await.map_err(|error| Error::List("addresses", error))?;
+        let addresses: Vec<_> = self
+            .handle
+            .address()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|error| Error::List("addresses", error))?;
         next.bindings = addresses.iter().filter_map(parse_binding).collect();
         debug!(devices = next.devices.len(), addresses = next.bindings.len(), "network listed");
         self.publish(next);

@@ -52,17 +52,18 @@ pub type PortRange = RangeInclusive<u16>;
 /// The parts of a node's facts that the configuration fixes, completed by what the network says now.
 pub fn facts(fixed: &NodeFacts, network: &Network) -> NodeFacts {
     let name_of = |index: &u32| network.devices.get(index).map_or("", |device| device.name.as_str());
-    let addresses = network.bindings.iter().map(|binding| LocalAddress {
-        addr: Addr::from(binding.addr),
-        device: Name::from(name_of(&binding.device)),
-    });
+    let addresses = network
+        .bindings
+        .iter()
+        .map(|binding| LocalAddress { addr: Addr::from(binding.addr), device: Name::from(name_of(&binding.device)) });
     NodeFacts { addresses: addresses.collect(), routed: routed_addresses(network), ..fixed.clone() }
 }
 
 /// The address of each family that leads out: the source of the default route, else the first global one.
 fn routed_addresses(network: &Network) -> PrimaryAddresses {
     // Documentation addresses (RFC 5737, RFC 3849): only a default route leads there, and nothing is sent.
-    let beyond: [IpAddr; 2] = [Ipv4Addr::new(192, 0, 2, 1).into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()];
+    let beyond: [IpAddr; 2] =
+        [Ipv4Addr::new(192, 0, 2, 1).into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()];
     let [v4, v6] = beyond.map(|beyond| {
         let is_bound = |addr: &IpAddr| network.bindings.iter().any(|binding| binding.addr == *addr);
         let first = || first_global(network, beyond.is_ipv4());
@@ -173,7 +174,8 @@ fn cut(piece: &PortRange, other: &PortRange) -> Vec<PortRange> {
 
 fn read_reserved() -> Result<Vec<PortRange>, Error> {
     let text = read(RESERVED)?;
-    let parse = |text: &str| text.trim().split(',').filter(|part| !part.is_empty()).map(parse_range).collect::<Option<_>>();
+    let parse =
+        |text: &str| text.trim().split(',').filter(|part| !part.is_empty()).map(parse_range).collect::<Option<_>>();
     parse(&text).ok_or(Error::Unreadable { path: RESERVED.into(), text })
 }
 
@@ -213,7 +215,8 @@ mod tests {
 
     #[test]
     fn facts_list_every_address_with_its_device_and_pick_a_global_one() {
-        let bindings = [(1, "127.0.0.1", false), (1, "203.0.113.200", true), (2, "203.0.113.7", true), (2, "fe80::1", false)];
+        let bindings =
+            [(1, "127.0.0.1", false), (1, "203.0.113.200", true), (2, "203.0.113.7", true), (2, "fe80::1", false)];
         let network = Network {
             devices: [(1u32, device(1, "lo")), (2, device(2, "eth0"))].into_iter().collect(),
             bindings: bindings

@@ -5,10 +5,11 @@
 //!   v1/MAP                every map, by name; the layout version is part of the path
 //!   links/cgroup/PROGRAM
 //!   links/tcx/COOKIE-IFINDEX-HOOK    COOKIE: network namespace
+//!   continuations/ID      programs in which others go on, by map id: one map for each load of the programs
 //!   notes/NOTE            what cleanup has to undo besides
 //! ```
 //! Links lie outside the layout's directory: they stay when a new layout takes over, only the programs behind them change.
-//! Programs are not pinned: a link holds its program, and what the command line wants of one it reaches through the link.
+//! Programs are not pinned themselves: a link holds its program, and what the command line wants of one it reaches through the link.
 //! May touch: the BPF file system below DIR, nothing else.
 
 use std::fs::{self, File, TryLockError};
@@ -88,6 +89,11 @@ impl Pins {
         self.base.join("links/cgroup")
     }
 
+    /// Directory of the maps of programs in which others go on, one for each load of the programs.
+    pub fn continuations(&self) -> PathBuf {
+        self.base.join("continuations")
+    }
+
     /// Directory of the links to devices.
     pub fn tcx_links(&self) -> PathBuf {
         self.base.join("links/tcx")
@@ -96,7 +102,7 @@ impl Pins {
     /// Makes the directories, on a BPF file system, mounting one if there is none.
     pub fn prepare(&self) -> Result<(), Error> {
         self.ensure_bpffs()?;
-        for directory in [self.maps(), self.cgroup_links(), self.tcx_links()] {
+        for directory in [self.maps(), self.cgroup_links(), self.tcx_links(), self.continuations()] {
             create_directory(&directory)?;
         }
         Ok(())
@@ -135,7 +141,7 @@ impl Pins {
 
     /// Removes the directories that this type made, as far as they are empty, and the mount if it was ours.
     pub fn remove_directories(&self) -> Result<(), Error> {
-        for directory in ["links/cgroup", "links/tcx", "links"] {
+        for directory in ["links/cgroup", "links/tcx", "links", "continuations"] {
             remove_directory(&self.base.join(directory))?;
         }
         let is_our_mount = self.marks()?.iter().any(|note| note == MOUNT_NOTE) && is_mount_point(&self.base);
@@ -165,14 +171,9 @@ impl Pins {
 
     /// Directories of layouts, whatever their version.
     pub fn layouts(&self) -> Result<Vec<PathBuf>, Error> {
-        let is_layout = |name: &str| {
-            name.strip_prefix('v')
-                .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
-        };
-        Ok(list(&self.base)?
-            .into_iter()
-            .filter(|path| file_name(path).is_some_and(is_layout))
-            .collect())
+        let is_layout =
+            |name: &str| name.strip_prefix('v').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+        Ok(list(&self.base)?.into_iter().filter(|path| file_name(path).is_some_and(is_layout)).collect())
     }
 }
 
@@ -183,9 +184,7 @@ pub fn list(directory: &Path) -> Result<Vec<PathBuf>, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(source) => return Err(at("list", directory)(source)),
     };
-    entries
-        .map(|entry| entry.map(|entry| entry.path()).map_err(at("list", directory)))
-        .collect()
+    entries.map(|entry| entry.map(|entry| entry.path()).map_err(at("list", directory))).collect()
 }
 
 /// Removes a pin; it may be gone already.
@@ -210,11 +209,7 @@ pub fn file_name(path: &Path) -> Option<&str> {
 }
 
 fn create_directory(path: &Path) -> Result<(), Error> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(at("create", path))
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at("create", path))
 }
 
 fn remove_directory(path: &Path) -> Result<(), Error> {

@@ -15,8 +15,8 @@ use tracing::{debug, info, warn};
 use proxy_common::addr::Addr;
 
 use super::backlog::Backlog;
-use super::maps::{self, Maps};
 use super::backoff::Backoff;
+use super::maps::{self, Maps};
 use crate::drain::Drain;
 use crate::error::chain;
 use crate::model::{Reader, ServiceKey, Snapshot, SourceId};

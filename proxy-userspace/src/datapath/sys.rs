@@ -157,11 +157,7 @@ struct BatchAttr {
 unsafe fn bpf<T>(command: bpf_cmd, attr: &mut T) -> io::Result<i64> {
     // SAFETY: `attr` is a live exclusive reference and its size is passed; its inner pointers are the caller's promise.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_long, attr as *mut T, size_of::<T>()) };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// Like [`bpf`] for commands that return a file descriptor.
@@ -190,11 +186,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// Pins an object; the file must not exist.
 pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
-    let mut attr = ObjectAttr {
-        path: path.as_ptr() as u64,
-        fd: raw(fd),
-        flags: 0,
-    };
+    let mut attr = ObjectAttr { path: path.as_ptr() as u64, fd: raw(fd), flags: 0 };
     // SAFETY: `path` lives until the call returns.
     unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr) }.map(drop)
 }
@@ -202,10 +194,7 @@ pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 /// Opens a pinned object.
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
-    let mut attr = ObjectAttr {
-        path: path.as_ptr() as u64,
-        ..Default::default()
-    };
+    let mut attr = ObjectAttr { path: path.as_ptr() as u64, ..Default::default() };
     // SAFETY: `path` lives until the call returns; the command returns a descriptor.
     unsafe { bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr) }
 }
@@ -213,11 +202,7 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 /// Fills `info` (integers only) with what the kernel knows about `fd`.
 fn object_info<T: Default>(fd: BorrowedFd<'_>) -> io::Result<T> {
     let mut info = T::default();
-    let mut attr = InfoAttr {
-        fd: raw(fd),
-        length: size_of::<T>() as u32,
-        info: &raw mut info as u64,
-    };
+    let mut attr = InfoAttr { fd: raw(fd), length: size_of::<T>() as u32, info: &raw mut info as u64 };
     // SAFETY: `info` is live, writable and `length` bytes long; callers pass structs of integers.
     unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     Ok(info)
@@ -245,11 +230,7 @@ pub fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
         BPF_LINK_TYPE_XDP => LinkTarget::Xdp(info.target[0]),
         other => LinkTarget::Other(other),
     };
-    Ok(LinkInfo {
-        id: info.id,
-        program: info.program,
-        target,
-    })
+    Ok(LinkInfo { id: info.id, program: info.program, target })
 }
 
 /// Kernel-wide id of a program.
@@ -265,12 +246,8 @@ pub fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
 
 /// Attaches a program to a control group; the attachment lives as long as the descriptor or a pin of it.
 pub fn link_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<OwnedFd> {
-    let mut attr = LinkCreateAttr {
-        program: raw(program),
-        target: raw(cgroup),
-        attach_type: hook as u32,
-        ..Default::default()
-    };
+    let mut attr =
+        LinkCreateAttr { program: raw(program), target: raw(cgroup), attach_type: hook as u32, ..Default::default() };
     // SAFETY: no pointers; the command returns a descriptor.
     unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
 }
@@ -294,21 +271,14 @@ pub fn link_tcx(program: BorrowedFd<'_>, ifindex: u32, hook: bpf_attach_type, pl
 
 /// Puts another program behind a link, in one step.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let mut attr = LinkUpdateAttr {
-        link: raw(link),
-        program: raw(program),
-        ..Default::default()
-    };
+    let mut attr = LinkUpdateAttr { link: raw(link), program: raw(program), ..Default::default() };
     // SAFETY: no pointers.
     unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
 }
 
 /// Detaches a link for everybody, pinned or not.
 pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
-    let mut attr = LinkUpdateAttr {
-        link: raw(link),
-        ..Default::default()
-    };
+    let mut attr = LinkUpdateAttr { link: raw(link), ..Default::default() };
     // SAFETY: no pointers.
     unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
@@ -332,23 +302,15 @@ pub fn map_update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io
 
 /// Inserts or replaces one entry whose value has several parts: one for each CPU.
 pub fn map_update_slice<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> io::Result<()> {
-    let mut attr = ElementAttr {
-        map: raw(map),
-        key: &raw const *key as u64,
-        value: address(value),
-        ..Default::default()
-    };
+    let mut attr =
+        ElementAttr { map: raw(map), key: &raw const *key as u64, value: address(value), ..Default::default() };
     // SAFETY: as in `map_lookup`.
     unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
 }
 
 /// Removes one entry; false if there was none.
 pub fn map_delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
-    let mut attr = ElementAttr {
-        map: raw(map),
-        key: &raw const *key as u64,
-        ..Default::default()
-    };
+    let mut attr = ElementAttr { map: raw(map), key: &raw const *key as u64, ..Default::default() };
     // SAFETY: as in `map_lookup`.
     found(unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr) })
 }
@@ -381,12 +343,7 @@ pub fn map_update_batch<K: Pod, V: Pod>(
 
 /// Removes entries in one call. The error carries how many were done before it; the first missing key is such an error.
 pub fn map_delete_batch<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> Result<(), (usize, io::Error)> {
-    let mut attr = BatchAttr {
-        keys: address(keys),
-        count: keys.len() as u32,
-        map: raw(map),
-        ..Default::default()
-    };
+    let mut attr = BatchAttr { keys: address(keys), count: keys.len() as u32, map: raw(map), ..Default::default() };
     // SAFETY: the slice holds `count` plain keys, sized as the map.
     batch(unsafe { bpf(bpf_cmd::BPF_MAP_DELETE_BATCH, &mut attr) }, &attr)
 }
@@ -422,11 +379,7 @@ pub fn map_lookup_batch<K: Pod, V: Pod>(
 ) -> io::Result<Batch> {
     let mut next = 0u64;
     let mut attr = BatchAttr {
-        in_batch: if cursor.started {
-            &raw const cursor.token as u64
-        } else {
-            0
-        },
+        in_batch: if cursor.started { &raw const cursor.token as u64 } else { 0 },
         out_batch: &raw mut next as u64,
         keys: keys.as_mut_ptr() as u64,
         values: values.as_mut_ptr() as u64,
@@ -440,14 +393,8 @@ pub fn map_lookup_batch<K: Pod, V: Pod>(
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
         Err(error) => return Err(error),
     };
-    *cursor = Cursor {
-        token: next,
-        started: true,
-    };
-    Ok(Batch {
-        count: attr.count as usize,
-        done,
-    })
+    *cursor = Cursor { token: next, started: true };
+    Ok(Batch { count: attr.count as usize, done })
 }
 
 /// Returns once every BPF program that ran when it was called has ended.
@@ -458,11 +405,7 @@ pub fn wait_for_programs() -> io::Result<()> {
     const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
     // SAFETY: no pointers.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// SO_NETNS_COOKIE of the calling thread's network namespace.
@@ -474,19 +417,9 @@ pub fn netns_cookie() -> io::Result<u64> {
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: `cookie` and `length` are live and agree in size.
     let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &mut length,
-        )
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &mut length)
     };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(cookie)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
 /// True if `path` lies on a BPF file system.
@@ -506,20 +439,9 @@ pub fn is_bpffs(path: &Path) -> io::Result<bool> {
 pub fn mount_bpffs(path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     // SAFETY: three strings that end in zero; no data.
-    let result = unsafe {
-        libc::mount(
-            c"bpf".as_ptr(),
-            path.as_ptr(),
-            c"bpf".as_ptr(),
-            0,
-            c"mode=0700".as_ptr().cast(),
-        )
-    };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    let result =
+        unsafe { libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, c"mode=0700".as_ptr().cast()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Unmounts a file system.
@@ -536,11 +458,7 @@ pub fn unmount(path: &Path) -> io::Result<()> {
 pub fn random(bytes: &mut [u8]) -> io::Result<()> {
     // SAFETY: a live buffer and its length.
     let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if count != bytes.len() as isize {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if count != bytes.len() as isize { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Now, by CLOCK_MONOTONIC: the clock of `bpf_ktime_get_ns`.
@@ -575,29 +493,14 @@ unsafe impl Sync for MappedWords {}
 impl MappedWords {
     /// Maps `bytes` (rounded up to pages by the kernel) of an array made with BPF_F_MMAPABLE.
     pub fn map(array: BorrowedFd<'_>, bytes: usize, writable: bool) -> io::Result<Self> {
-        let protection = if writable {
-            libc::PROT_READ | libc::PROT_WRITE
-        } else {
-            libc::PROT_READ
-        };
+        let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         // SAFETY: a new mapping at an address of the kernel's choice.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                protection,
-                libc::MAP_SHARED,
-                array.as_raw_fd(),
-                0,
-            )
-        };
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED, array.as_raw_fd(), 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self {
-            words: start.cast(),
-            count: bytes / 8,
-        })
+        Ok(Self { words: start.cast(), count: bytes / 8 })
     }
 
     /// All words.

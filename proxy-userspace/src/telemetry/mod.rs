@@ -14,10 +14,21 @@ use crate::config::raw::LogFormat;
 pub fn init_log(log: &Log) {
     // The configuration has been checked.
     let filter: Targets = log.level.parse().unwrap_or_default();
+    let filter = quiet_libraries(filter);
     let layer = match log.format {
-        LogFormat::Text => fmt::layer().with_writer(stderr).with_ansi(stderr().is_terminal()).with_target(false).boxed(),
+        LogFormat::Text => {
+            fmt::layer().with_writer(stderr).with_ansi(stderr().is_terminal()).with_target(false).boxed()
+        }
         LogFormat::Json => fmt::layer().with_writer(stderr).json().flatten_event(true).boxed(),
     };
     // An error says that a log is set up already.
     let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();
+}
+
+/// Libraries that describe each of their steps tell warnings only, unless they are named.
+fn quiet_libraries(filter: Targets) -> Targets {
+    const LIBRARIES: [&str; 4] = ["aya", "aya_obj", "netlink_proto", "netlink_packet_route"];
+    let is_named = |name: &str| filter.iter().any(|(target, _)| target == name);
+    let quiet: Vec<_> = LIBRARIES.into_iter().filter(|name| !is_named(name)).collect();
+    filter.with_targets(quiet.into_iter().map(|name| (name, tracing::Level::WARN)))
 }
