@@ -17,3 +17,8 @@ pub mod rewrite;
 pub mod select;
 pub mod socket;
 pub mod tuple;
+
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod world;

@@ -92,8 +92,8 @@ pub fn ingress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
         if !class.has(AddressClass::BACKEND) {
             return if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) { None } else { Some(PASS) };
         }
-        let opens = packet.tcp_flags & tcp::SYN != 0 || !is_tcp;
-        return if opens && find(flows, &tuple.plain_key().0).is_some() { None } else { Some(PASS) };
+        let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN || !is_tcp;
+        return if opens && clashes(flows, tuple) { None } else { Some(PASS) };
     }
     if packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
         return None;
@@ -103,6 +103,9 @@ pub fn ingress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
     rewrite.mac = front.fixed(|value| value.mac);
     let wants_mac = rewrite.mac == [0; 3] && front.fixed(|value| value.has(FlowValue::WANTS_MAC));
     let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
+    if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
+        return Some(PASS);
+    }
     if wants_mac || !is_tcp && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite) {
         return None;
     }
@@ -261,6 +264,7 @@ fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: P
         Known::Rewrite(rewrite) => Step::Done(Verdict::Rewrite(rewrite)),
         Known::Nothing => Step::Open { clash: false },
         Known::Clash => Step::Open { clash: true },
+        Known::Other => Step::Done(PASS),
     }
 }
 
@@ -292,6 +296,8 @@ enum Known {
     Nothing,
     /// Its tuple towards the backend belongs to another connection; it has been removed.
     Clash,
+    /// It is a translated packet, met again at another device, that looks like one of a direct connection.
+    Other,
 }
 
 /// A packet from a client: of which flow, and what it changes about it.
@@ -304,6 +310,9 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
     let opens = is_tcp && packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
     let closes = is_tcp && packet.tcp_flags & (tcp::FIN | tcp::RST) != 0;
     let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
+    if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
+        return Known::Other;
+    }
     let gone = (opens || !is_tcp)
         && !direct
         && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite);
@@ -572,6 +581,18 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
     Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags })
 }
 
+/// True if a translated flow from the same device has this very tuple. (The other way round it would be a reply; met again
+/// at another device, the translated packet itself.)
+#[inline(always)]
+fn clashes<F: Flows>(flows: &F, tuple: &Tuple) -> bool {
+    let (key, src_first) = tuple.plain_key();
+    let Some(plain) = find(flows, &key) else { return false };
+    plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first
+        && plain.fixed(|value| value.ifindex) == flows.ifindex()
+        && !plain.fixed(|value| value.has(FlowValue::DIRECT))
+        && !Hot::unpack(plain.hot()).is_finished()
+}
+
 /// A direct connection to a backend whose tuple a translated flow from the same device already has: it gets another
 /// source port, so that the backend's replies can be told apart.
 #[inline(never)]
@@ -580,12 +601,7 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
     if packet.kind == Kind::LaterFragment {
         return Err(PASS);
     }
-    let Some(plain) = find(flows, &tuple.plain_key().0) else { return Err(PASS) };
-    // Met again at another device it is the translated packet itself.
-    if plain.fixed(|value| value.ifindex) != flows.ifindex() || plain.fixed(|value| value.has(FlowValue::DIRECT)) {
-        return Err(PASS);
-    }
-    if Hot::unpack(plain.hot()).is_finished() {
+    if !clashes(flows, tuple) {
         return Err(PASS);
     }
     flows.set_flows_of(&tuple.dst);

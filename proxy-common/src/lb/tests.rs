@@ -1,0 +1,557 @@
+//! Properties of the packet path on whole packets: what a client sends, what its backend sees, what comes back.
+
+use super::packet::{Verdict, egress, egress_known, ingress, ingress_known};
+use super::rewrite::{End, Slice, apply};
+use super::tuple::Tuple;
+use super::world::{World, addr, tuple};
+use crate::abi::address::AddressClass;
+use crate::abi::frontend::FrontendValue;
+use crate::addr::{Addr, Proto};
+use crate::lb::flow::{Hot, Seconds};
+use crate::tables::Tracked;
+use crate::verdict::{DropReason, Refusal};
+use crate::wire::checksum::fold;
+use crate::wire::header::tcp;
+use crate::wire::{Parsed, parse_ip};
+use core::net::IpAddr;
+use proptest::prelude::*;
+use std::vec::Vec;
+
+const CLUSTER_IP: u32 = FrontendValue::CLUSTER_IP;
+
+fn octets(addr: Addr) -> Vec<u8> {
+    match IpAddr::from(addr) {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+fn sum(bytes: &[u8]) -> u64 {
+    bytes.chunks(2).map(|pair| u64::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]))).sum()
+}
+
+/// An IP packet (no link layer) with right checksums.
+fn packet(tuple: &Tuple, flags: u8, sequence: u32, acknowledgment: u32, data: &[u8]) -> Vec<u8> {
+    let mut l4 = Vec::new();
+    l4.extend(tuple.sport.host().0.to_be_bytes());
+    l4.extend(tuple.dport.host().0.to_be_bytes());
+    let checksum = if tuple.proto == Proto::TCP {
+        l4.extend(sequence.to_be_bytes());
+        l4.extend(acknowledgment.to_be_bytes());
+        l4.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+        16
+    } else {
+        l4.extend((8 + data.len() as u16).to_be_bytes());
+        l4.extend([0, 0]);
+        6
+    };
+    l4.extend(data);
+    let (src, dst) = (octets(tuple.src), octets(tuple.dst));
+    let pseudo = sum(&src) + sum(&dst) + u64::from(tuple.proto.0) + l4.len() as u64;
+    let total = !fold(pseudo + sum(&l4));
+    let total = if total == 0 && tuple.proto == Proto::UDP { 0xffff } else { total };
+    l4[checksum..checksum + 2].copy_from_slice(&total.to_be_bytes());
+    let mut out = ip_header(tuple.src, tuple.dst, tuple.proto.0, l4.len());
+    out.extend(l4);
+    out
+}
+
+fn ip_header(src: Addr, dst: Addr, proto: u8, length: usize) -> Vec<u8> {
+    let mut out = Vec::new();
+    if src.is_v4() {
+        out.extend([0x45, 0]);
+        out.extend((20 + length as u16).to_be_bytes());
+        out.extend([0x12, 0x34, 0x40, 0, 64, proto, 0, 0]);
+        out.extend(octets(src));
+        out.extend(octets(dst));
+        let checksum = !fold(sum(&out));
+        out[10..12].copy_from_slice(&checksum.to_be_bytes());
+    } else {
+        out.extend([0x60, 0, 0, 0]);
+        out.extend((length as u16).to_be_bytes());
+        out.extend([proto, 64]);
+        out.extend(octets(src));
+        out.extend(octets(dst));
+    }
+    out
+}
+
+/// The ICMP or ICMPv6 "too big" that a router at `from` sends to the sender of `quoted`.
+fn too_big(from: Addr, quoted: &[u8]) -> Vec<u8> {
+    let parsed = parse(quoted);
+    let v6 = !from.is_v4();
+    let mut icmp = if v6 { std::vec![2, 0, 0, 0, 0, 0, 5, 0] } else { std::vec![3, 4, 0, 0, 0, 0, 5, 0] };
+    icmp.extend(quoted);
+    let to = parsed.tuple.src;
+    let pseudo = if v6 { sum(&octets(from)) + sum(&octets(to)) + 58 + icmp.len() as u64 } else { 0 };
+    let checksum = !fold(pseudo + sum(&icmp));
+    icmp[2..4].copy_from_slice(&checksum.to_be_bytes());
+    let mut out = ip_header(from, to, if v6 { 58 } else { 1 }, icmp.len());
+    out.extend(icmp);
+    out
+}
+
+/// True if all checksums of a packet are right, those inside a quote too.
+fn is_sound(bytes: &[u8]) -> bool {
+    let v6 = bytes[0] >> 4 == 6;
+    let (header, proto) = if v6 { (40, bytes[6]) } else { (20, bytes[9]) };
+    let (ip, l4) = bytes.split_at(header);
+    let addresses = if v6 { &ip[8..40] } else { &ip[12..20] };
+    let pseudo = sum(addresses) + u64::from(proto) + l4.len() as u64;
+    let right = |sum: u64| fold(sum) == 0xffff;
+    let transport = match proto {
+        1 => right(sum(l4)) && is_sound(&l4[8..]),
+        58 => right(pseudo + sum(l4)) && is_sound(&l4[8..]),
+        17 if l4[6] == 0 && l4[7] == 0 => true,
+        _ => right(pseudo + sum(l4)),
+    };
+    (v6 || right(sum(ip))) && transport
+}
+
+fn parse(bytes: &[u8]) -> Parsed {
+    let mut copy = bytes.to_vec();
+    parse_ip::<_, true>(&Slice(&mut copy)).expect("a packet of this test")
+}
+
+fn through(
+    world: &World,
+    mut bytes: Vec<u8>,
+    end: End,
+    decide: impl Fn(&World, &mut Parsed) -> Verdict,
+) -> Result<Vec<u8>, (DropReason, Refusal)> {
+    let mut parsed = parse(&bytes);
+    match decide(world, &mut parsed) {
+        Verdict::Pass => Ok(bytes),
+        Verdict::Refuse(reason, refusal) => Err((reason, refusal)),
+        Verdict::Rewrite(rewrite) => {
+            assert!(apply(&mut Slice(&mut bytes), &parsed, end, &rewrite), "{rewrite:?} on {parsed:?}");
+            assert!(is_sound(&bytes), "bad checksum after {rewrite:?}");
+            Ok(bytes)
+        }
+    }
+}
+
+/// A packet at ingress. The short decision, where there is one, must be the long one.
+fn enters(world: &World, bytes: Vec<u8>) -> Result<Vec<u8>, (DropReason, Refusal)> {
+    through(world, bytes, End::Destination, |world, parsed| {
+        let known = ingress_known(world, parsed);
+        let verdict = ingress(world, parsed);
+        assert!(known.is_none() || known == Some(verdict), "{known:?} but {verdict:?} for {parsed:?}");
+        verdict
+    })
+}
+
+fn leaves(world: &World, bytes: Vec<u8>) -> Result<Vec<u8>, (DropReason, Refusal)> {
+    through(world, bytes, End::Source, |world, parsed| {
+        let known = egress_known(world, parsed);
+        let verdict = egress(world, parsed);
+        assert!(known.is_none() || known == Some(verdict), "{known:?} but {verdict:?} for {parsed:?}");
+        verdict
+    })
+}
+
+/// A connection through the node: what the client sends and gets, what the backend sees.
+struct Connection {
+    /// What the client dials.
+    dialled: Tuple,
+    /// What the stack sees between ingress and egress.
+    plain: Tuple,
+    /// What the backend sees.
+    seen: Tuple,
+}
+
+fn tuple_of(bytes: &[u8]) -> Tuple {
+    parse(bytes).tuple
+}
+
+/// Sends a SYN (or a first datagram) through the node.
+fn dial(world: &World, dialled: Tuple) -> Result<Connection, (DropReason, Refusal)> {
+    let inside = enters(world, packet(&dialled, tcp::SYN, 100, 0, b""))?;
+    let outside = leaves(world, inside.clone())?;
+    Ok(Connection { dialled, plain: tuple_of(&inside), seen: tuple_of(&outside) })
+}
+
+/// Sends a packet the way of the client; it must arrive as the first one did.
+fn send(world: &World, connection: &Connection, flags: u8, acknowledgment: u32) {
+    let bytes = packet(&connection.dialled, flags, 101, acknowledgment, b"question");
+    let arrived = leaves(world, enters(world, bytes).expect("in")).expect("out");
+    assert_eq!(tuple_of(&arrived), connection.seen);
+}
+
+/// Sends a packet back; the client must see what it dialled.
+fn reply(world: &World, connection: &Connection, flags: u8, sequence: u32) {
+    let bytes = packet(&connection.seen.reversed(), flags, sequence, 101, b"answer");
+    let inside = enters(world, bytes).expect("in");
+    assert_eq!(tuple_of(&inside), connection.plain.reversed(), "what the stack sees");
+    assert_eq!(tuple_of(&leaves(world, inside).expect("out")), connection.dialled.reversed(), "what the client sees");
+}
+
+/// Opens a connection with a whole handshake (or question and answer).
+fn open(world: &World, dialled: Tuple) -> Connection {
+    let connection = dial(world, dialled).expect("a service");
+    reply(world, &connection, tcp::SYN | tcp::ACK, 500);
+    send(world, &connection, tcp::ACK, 501);
+    connection
+}
+
+fn established(world: &World) -> usize {
+    world.established.borrow().len()
+}
+
+/// A world with one service in both families: two backends here, one elsewhere.
+fn with_service(proto: Proto) -> World {
+    let mut world = World::new();
+    let v4 = world.add_service(&[("10.244.1.5", 8080, true), ("10.244.1.6", 8080, true), ("10.244.2.7", 80, false)], proto);
+    let v6 = world.add_service(&[("fd00:1::5", 8080, true), ("fd00:2::7", 80, false)], proto);
+    for (service, cluster_ip, wildcard, external) in
+        [(v4, "10.96.0.10", "0.0.0.0", "198.51.100.9"), (v6, "fd96::10", "::", "2001:db8:9::9")]
+    {
+        world.add_frontend(service, cluster_ip, 80, proto, CLUSTER_IP);
+        world.add_frontend(service, wildcard, 30080, proto, 0);
+        world.add_frontend(service, external, 80, proto, 0);
+    }
+    world
+}
+
+/// Clients and frontends of one family: a pod here, a pod elsewhere, somebody outside.
+fn cases() -> impl Strategy<Value = (Proto, &'static str, &'static str, u16, u16)> {
+    let v4 = (
+        prop_oneof![Just("10.244.1.50"), Just("10.244.3.50"), Just("203.0.113.5"), Just("10.244.1.5")],
+        prop_oneof![Just(("10.96.0.10", 80)), Just(("192.0.2.1", 30080)), Just(("198.51.100.9", 80))],
+    );
+    let v6 = (
+        prop_oneof![Just("fd00:1::50"), Just("fd00:3::50"), Just("2001:db8:5::5"), Just("fd00:1::5")],
+        prop_oneof![Just(("fd96::10", 80)), Just(("2001:db8::1", 30080)), Just(("2001:db8:9::9", 80))],
+    );
+    (prop_oneof![Just(Proto::TCP), Just(Proto::UDP)], prop_oneof![v4, v6], 1024u16..)
+        .prop_map(|(proto, (client, (vip, port)), sport)| (proto, client, vip, port, sport))
+}
+
+proptest! {
+    #[test]
+    fn replies_restore_what_the_client_dialled((proto, client, vip, port, sport) in cases()) {
+        let world = with_service(proto);
+        let connection = open(&world, tuple(client, sport, vip, port, proto));
+        // The stack sees client and backend, both ways.
+        prop_assert_eq!(connection.plain.src, addr(client));
+        prop_assert!(world.backends.borrow().iter().any(|backend| backend.addr == connection.plain.dst));
+        // A promoted flow lives without its pending entries.
+        world.pending.borrow_mut().clear();
+        reply(&world, &connection, tcp::ACK, 501);
+        send(&world, &connection, tcp::ACK, 507);
+        prop_assert!(world.drops.borrow().is_empty());
+    }
+
+    #[test]
+    fn the_source_is_kept_unless_replies_would_not_come_back((proto, client, vip, port, sport) in cases()) {
+        let world = with_service(proto);
+        let connection = open(&world, tuple(client, sport, vip, port, proto));
+        let kept = connection.seen.src == addr(client);
+        let backend = connection.plain.dst;
+        let local = backend == addr("10.244.1.5") || backend == addr("10.244.1.6") || backend == addr("fd00:1::5");
+        let hairpin = backend == addr(client);
+        let own_pod = client.starts_with("10.244.1.") || client.starts_with("fd00:1:");
+        let to_cluster_ip_inside = (vip == "10.96.0.10" || vip == "fd96::10") && !client.starts_with("20");
+        prop_assert_eq!(kept, !hairpin && (local || own_pod || to_cluster_ip_inside));
+    }
+
+    #[test]
+    fn errors_about_either_direction_name_what_the_receiver_knows((proto, client, vip, port, sport) in cases()) {
+        let world = with_service(proto);
+        let connection = open(&world, tuple(client, sport, vip, port, proto));
+        let v4 = addr(client).is_v4();
+        let router = addr(if v4 { "192.0.2.254" } else { "2001:db8::fe" });
+        // About the client's packet, from beyond the node: it comes back to whom the node sent it as.
+        let error = too_big(router, &packet(&connection.seen, tcp::ACK, 1, 1, b"12345678"));
+        let at_client = leaves(&world, enters(&world, error).expect("in")).expect("out");
+        let parsed = parse(&at_client);
+        prop_assert_eq!(parsed.tuple, connection.dialled.reversed());
+        prop_assert_eq!((parsed.outer_src, parsed.outer_dst), (router, addr(client)));
+        // About the reply, from the client's side: the backend must see its own packet quoted.
+        let error = too_big(router, &packet(&connection.dialled.reversed(), tcp::ACK, 1, 1, b"12345678"));
+        let at_backend = leaves(&world, enters(&world, error).expect("in")).expect("out");
+        let parsed = parse(&at_backend);
+        prop_assert_eq!(parsed.tuple, connection.seen);
+        prop_assert_eq!((parsed.outer_src, parsed.outer_dst), (router, connection.seen.dst));
+    }
+
+    #[test]
+    fn parsing_survives_any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let mut bytes = bytes;
+        let _ = crate::wire::parse_ethernet::<_, true>(&Slice(&mut bytes));
+        if let Some(parsed) = parse_ip::<_, true>(&Slice(&mut bytes)) {
+            let world = with_service(Proto::TCP);
+            let _ = ingress(&world, &mut parsed.clone());
+            let _ = egress(&world, &mut parsed.clone());
+        }
+    }
+
+    #[test]
+    fn what_is_not_ours_is_untouched(src in any::<u32>(), dst in any::<u32>(), sport in any::<u16>(), dport in any::<u16>(), flags in 0u8..32) {
+        let world = with_service(Proto::TCP);
+        let tuple = Tuple {
+            src: Addr::from_v4_word(src), dst: Addr::from_v4_word(dst),
+            sport: crate::addr::Be16(sport), dport: crate::addr::Be16(dport), proto: Proto::TCP,
+        };
+        prop_assume!(world.addresses.borrow().get(&tuple.dst).is_none() && !world.config.is_service_address(&tuple.dst));
+        let bytes = packet(&tuple, flags, 1, 2, b"x");
+        prop_assert_eq!(enters(&world, bytes.clone()), Ok(bytes.clone()));
+        prop_assert_eq!(leaves(&world, bytes.clone()), Ok(bytes));
+        prop_assert!(world.pending.borrow().is_empty());
+    }
+}
+
+#[test]
+fn a_flood_of_forged_segments_fills_the_pending_table_only() {
+    let world = with_service(Proto::TCP);
+    for sport in 1..2000 {
+        let connection = dial(&world, tuple("203.0.113.5", sport, "192.0.2.1", 30080, Proto::TCP)).expect("a service");
+        reply(&world, &connection, tcp::SYN | tcp::ACK, 500);
+        send(&world, &connection, tcp::ACK, 499);
+    }
+    assert_eq!(established(&world), 0);
+}
+
+#[test]
+fn a_full_flow_table_refuses_nobody() {
+    let world = with_service(Proto::TCP);
+    world.room_for_flows.set(1);
+    for sport in 1..20 {
+        let connection = open(&world, tuple("203.0.113.5", sport, "192.0.2.1", 30080, Proto::TCP));
+        reply(&world, &connection, tcp::ACK, 501);
+        send(&world, &connection, tcp::ACK, 507);
+    }
+    assert_eq!(established(&world), 0, "half a flow is none");
+    assert!(world.drops(DropReason::FlowTable) > 0, "it is counted");
+}
+
+#[test]
+fn one_client_port_to_two_vips_and_to_the_backend_itself_makes_three_connections() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut world = World::new();
+        let one = world.add_service(&[("10.244.1.5", 8080, true)], proto);
+        let two = world.add_service(&[("10.244.1.5", 8080, true)], proto);
+        world.add_frontend(one, "10.96.0.10", 80, proto, CLUSTER_IP);
+        world.add_frontend(two, "10.96.0.20", 80, proto, CLUSTER_IP);
+        let all = ["10.96.0.10:80", "10.96.0.20:80", "10.244.1.5:8080"].map(|dialled| {
+            let (dst, port) = dialled.split_once(':').expect("written above");
+            open(&world, tuple("10.244.1.50", 5555, dst, port.parse().expect("a port"), proto))
+        });
+        for connection in &all {
+            reply(&world, connection, tcp::ACK, 501);
+            send(&world, connection, tcp::ACK, 507);
+            assert_eq!(all.iter().filter(|other| other.seen == connection.seen).count(), 1, "{proto}: told apart");
+        }
+        // The translated packet, met again at another device, is not taken for a direct one.
+        world.ifindex.set(6);
+        let again = packet(&all[0].plain, tcp::SYN, 100, 0, b"");
+        assert_eq!(enters(&world, again.clone()), Ok(again), "{proto}");
+    }
+}
+
+#[test]
+fn a_direct_connection_that_was_there_first_is_not_disturbed() {
+    let world = with_service(Proto::TCP);
+    // The backend answers a SYN on a living connection with a challenge ACK, and goes on sending data.
+    let vip = tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP);
+    let clash = dial(&world, vip).expect("a service");
+    let data = packet(&clash.plain.reversed(), tcp::ACK, 900, 5, b"data of the direct connection");
+    assert_eq!(leaves(&world, data.clone()), Ok(data.clone()), "it belongs to the direct connection");
+    let retry = open(&world, vip);
+    assert_ne!(retry.seen.sport, vip.sport, "the retransmission avoids the clash");
+    assert_eq!(leaves(&world, data.clone()), Ok(data), "still not ours");
+}
+
+#[test]
+fn a_datagram_flow_keeps_clear_of_what_the_kernel_tracks() {
+    let mut world = World::new();
+    let service = world.add_service(&[("10.244.1.5", 53, true)], Proto::UDP);
+    world.add_frontend(service, "10.96.0.10", 53, Proto::UDP, CLUSTER_IP);
+    world.tracked.insert(tuple("10.244.1.50", 5555, "10.244.1.5", 53, Proto::UDP), Tracked::Plain);
+    let connection = open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 53, Proto::UDP));
+    assert_ne!(connection.seen.sport, connection.dialled.sport);
+}
+
+#[test]
+fn connections_of_a_predecessor_pass_untouched() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut world = with_service(proto);
+        let theirs = tuple("203.0.113.5", 4000, "192.0.2.1", 30080, proto);
+        world.tracked.insert(theirs, Tracked::Translated);
+        let bytes = packet(&theirs, tcp::ACK, 1, 1, b"data");
+        assert_eq!(enters(&world, bytes.clone()), Ok(bytes));
+        assert!(world.pending.borrow().is_empty());
+    }
+}
+
+#[test]
+fn a_segment_of_no_connection_is_reset_at_a_cluster_ip_and_passes_elsewhere() {
+    let world = with_service(Proto::TCP);
+    let ack = |dst, port| packet(&tuple("10.244.1.50", 4000, dst, port, Proto::TCP), tcp::ACK, 1, 1, b"data");
+    assert_eq!(enters(&world, ack("10.96.0.10", 80)), Err((DropReason::NoConnection, Refusal::Reject)));
+    assert_eq!(enters(&world, ack("192.0.2.1", 30080)), Ok(ack("192.0.2.1", 30080)));
+}
+
+#[test]
+fn unknown_ports_and_addresses_are_refused_only_where_nobody_else_can_be() {
+    let world = with_service(Proto::TCP);
+    let syn = |dst, port| packet(&tuple("10.244.1.50", 4000, dst, port, Proto::TCP), tcp::SYN, 1, 0, b"");
+    assert_eq!(enters(&world, syn("10.96.0.10", 81)), Err((DropReason::UnknownPort, Refusal::Reject)));
+    assert_eq!(enters(&world, syn("10.96.0.99", 80)), Err((DropReason::UnallocatedServiceAddress, Refusal::Drop)));
+    assert_eq!(enters(&world, syn("192.0.2.1", 22)), Ok(syn("192.0.2.1", 22)), "SSH lives there");
+    assert_eq!(enters(&world, syn("198.51.100.9", 22)), Ok(syn("198.51.100.9", 22)), "maybe this node's own");
+    assert_eq!(leaves(&world, syn("10.96.0.10", 80)), Err((DropReason::HostUnhooked, Refusal::Reject)));
+}
+
+#[test]
+fn policies_and_emptiness_decide_who_is_refused_and_how() {
+    let mut world = World::new();
+    let remote = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    let none = world.add_service(&[], Proto::TCP);
+    world.add_frontend(remote, "0.0.0.0", 30001, Proto::TCP, FrontendValue::OUTSIDE_LOCAL);
+    world.add_frontend(none, "10.96.0.11", 80, Proto::TCP, CLUSTER_IP);
+    let outside = dial(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30001, Proto::TCP));
+    assert_eq!(outside.err(), Some((DropReason::NoLocalEndpoint, Refusal::Drop)));
+    assert!(dial(&world, tuple("10.244.1.50", 4000, "192.0.2.1", 30001, Proto::TCP)).is_ok(), "inside: the cluster set");
+    let empty = dial(&world, tuple("10.244.1.50", 4000, "10.96.0.11", 80, Proto::TCP));
+    assert_eq!(empty.err(), Some((DropReason::NoEndpoint, Refusal::Reject)));
+}
+
+#[test]
+fn a_gone_backend_is_left_by_datagrams_at_once_and_by_connections_at_their_next_syn() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut world = World::new();
+        let service = world.add_service(&[("10.244.1.5", 80, true), ("10.244.1.6", 80, true)], proto);
+        world.add_frontend(service, "10.96.0.10", 80, proto, CLUSTER_IP);
+        let connection = open(&world, tuple("10.244.1.50", 4000, "10.96.0.10", 80, proto));
+        let (old, new) = if connection.plain.dst == addr("10.244.1.5") { (0, 1) } else { (1, 0) };
+        world.remove_backend(["10.244.1.5", "10.244.1.6"][old]);
+        let survivor = world.slots[new];
+        world.slots[old] = survivor;
+        if proto == Proto::TCP {
+            send(&world, &connection, tcp::ACK, 507);
+        }
+        let moved = dial(&world, connection.dialled).expect("the other backend");
+        assert_eq!(moved.plain.dst, addr(["10.244.1.5", "10.244.1.6"][new]), "{proto}");
+    }
+}
+
+#[test]
+fn a_repeated_syn_keeps_its_backend_and_one_after_the_end_picks_anew() {
+    let world = with_service(Proto::TCP);
+    let dialled = tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP);
+    let connection = open(&world, dialled);
+    assert_eq!(dial(&world, dialled).expect("the same").seen, connection.seen);
+    send(&world, &connection, tcp::FIN | tcp::ACK, 507);
+    reply(&world, &connection, tcp::FIN | tcp::ACK, 507);
+    let entries = established(&world);
+    let _ = dial(&world, dialled).expect("a new one");
+    assert_eq!(established(&world), 0, "{entries} entries of the old connection are gone");
+}
+
+#[test]
+fn rewritten_sources_are_unique_to_the_last_port_and_then_refused() {
+    let mut world = World::new();
+    world.config.snat_last = world.config.snat_first + 9;
+    let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    let mut seen = std::collections::HashSet::new();
+    for sport in 40000..40010 {
+        let connection = open(&world, tuple("203.0.113.5", sport, "192.0.2.1", 30080, Proto::TCP));
+        assert!(seen.insert(connection.seen), "port used twice");
+    }
+    let eleventh = dial(&world, tuple("203.0.113.5", 40010, "192.0.2.1", 30080, Proto::TCP));
+    assert_eq!(eleventh.err(), Some((DropReason::SnatPortsExhausted, Refusal::Drop)));
+}
+
+#[test]
+fn a_client_port_that_the_kernel_never_hands_out_is_kept_if_free() {
+    let mut world = with_service(Proto::UDP);
+    let service = world.add_service(&[("10.244.2.7", 5060, false)], Proto::UDP);
+    world.add_frontend(service, "198.51.100.7", 5060, Proto::UDP, 0);
+    let dialled = |client| tuple(client, 5060, "198.51.100.7", 5060, Proto::UDP);
+    let first = open(&world, dialled("203.0.113.5"));
+    assert_eq!((first.seen.src, first.seen.sport), (addr("192.0.2.1"), first.dialled.sport));
+    let second = open(&world, dialled("203.0.113.6"));
+    assert_ne!(second.seen.sport, first.seen.sport, "taken");
+    reply(&world, &first, 0, 0);
+    reply(&world, &second, 0, 0);
+}
+
+#[test]
+fn a_port_that_a_socket_of_this_node_uses_towards_the_backend_is_not_taken() {
+    let mut world = World::new();
+    let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    world.sockets.push(tuple("10.244.2.7", 80, "192.0.2.1", 5000, Proto::TCP));
+    let connection = open(&world, tuple("203.0.113.5", 5000, "192.0.2.1", 30080, Proto::TCP));
+    assert_ne!(connection.seen.sport, connection.dialled.sport);
+}
+
+#[test]
+fn affinity_holds_for_its_time_and_while_the_backend_is_in_the_set() {
+    let mut world = with_service(Proto::TCP);
+    world.affinity_timeouts.insert(1, 100);
+    let client = |sport| tuple("10.244.1.50", sport, "10.96.0.10", 80, Proto::TCP);
+    let first = open(&world, client(4000)).plain.dst;
+    for sport in 4001..4050 {
+        world.now.set(Seconds(world.now.get().0 + 60));
+        assert_eq!(open(&world, client(sport)).plain.dst, first, "each connection renews it");
+    }
+    world.remove_backend("10.244.1.5");
+    world.remove_backend("10.244.1.6");
+    world.remove_backend("10.244.2.7");
+    assert!(dial(&world, client(4060)).is_err(), "a remembered backend that is gone is not used");
+}
+
+#[test]
+fn flows_carry_on_for_a_vip_that_was_removed() {
+    let mut world = with_service(Proto::TCP);
+    let connection = open(&world, tuple("203.0.113.5", 4000, "198.51.100.9", 80, Proto::TCP));
+    world.frontends.clear();
+    world.addresses.borrow_mut().insert(addr("198.51.100.9"), AddressClass { flags: AddressClass::FLOWS });
+    send(&world, &connection, tcp::ACK, 507);
+    reply(&world, &connection, tcp::ACK, 507);
+}
+
+#[test]
+fn the_state_of_a_connection_follows_what_both_sides_send() {
+    let world = with_service(Proto::TCP);
+    let connection = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
+    let (key, _) = connection.plain.plain_key();
+    let hot = || Hot::unpack(crate::tables::Flows::established(&world, &key).expect("established").hot());
+    world.now.set(Seconds(2000));
+    reply(&world, &connection, tcp::ACK, 501);
+    assert_eq!(hot().seen, Seconds(2000));
+    send(&world, &connection, tcp::FIN | tcp::ACK, 502);
+    assert!(!hot().is_finished());
+    reply(&world, &connection, tcp::RST, 502);
+    assert!(hot().is_finished());
+}
+
+#[test]
+fn later_fragments_go_where_the_first_went() {
+    let world = with_service(Proto::UDP);
+    let dialled = tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::UDP);
+    let mut first = packet(&dialled, 0, 0, 0, &[7; 64]);
+    let mut later = first.clone();
+    // More fragments; then offset 8. The header checksum follows.
+    for (bytes, field) in [(&mut first, 0x2000u16), (&mut later, 8)] {
+        bytes[6..8].copy_from_slice(&field.to_be_bytes());
+        bytes[10..12].copy_from_slice(&[0, 0]);
+        let checksum = !fold(sum(&bytes[..20]));
+        bytes[10..12].copy_from_slice(&checksum.to_be_bytes());
+    }
+    assert_eq!(enters(&world, later.clone()), Ok(later.clone()), "to the node's own address it may be anybody's");
+    let arrived = leaves(&world, enters(&world, first).expect("in")).expect("out");
+    let mut parsed = parse(&later);
+    let Verdict::Rewrite(rewrite) = ingress(&world, &mut parsed) else { panic!("not translated") };
+    assert!(apply(&mut Slice(&mut later), &parsed, End::Destination, &rewrite));
+    assert_eq!(later[16..20], octets(rewrite.addr)[..], "destination");
+    assert_eq!(fold(sum(&later[..20])), 0xffff, "header checksum");
+    let mut parsed = parse(&later);
+    match egress(&world, &mut parsed) {
+        Verdict::Rewrite(rewrite) => assert_eq!(rewrite.addr, tuple_of(&arrived).src),
+        other => assert_eq!((other, tuple_of(&arrived).src), (Verdict::Pass, addr("203.0.113.5"))),
+    }
+}
