@@ -215,7 +215,11 @@ fn unreachable(skb: SkBuff, link: Link, parsed: &Parsed) -> Option<()> {
     } else {
         sum
     };
-    if v6 { unreachable_v6(skb, parsed, l3, quoted, sum)? } else { unreachable_v4(skb, parsed, l3, quoted, sum)? }
+    if v6 {
+        unreachable_v6(skb, parsed, l3, quoted, sum)?
+    } else {
+        unreachable_v4(skb, parsed, l3, quoted, sum)?
+    }
     turn_frame(skb, link)
 }
 
@@ -282,4 +286,3 @@ fn unreachable_v6(skb: SkBuff, parsed: &Parsed, l3: usize, quoted: usize, sum: u
     icmp.checksum = !fold(sum + pseudo + u16::from_ne_bytes([icmp.kind, icmp.code]) as u64);
     store(skb, l3 + IPV6, &icmp)
 }
-

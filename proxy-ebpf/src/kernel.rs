@@ -4,9 +4,10 @@ use crate::maps;
 use crate::packet::SkBuff;
 use crate::tables::{self, Env};
 use aya_ebpf::bindings::{
-    BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, __sk_buff, bpf_fib_lookup as FibLookup, bpf_sock, bpf_sock_tuple,
+    __sk_buff, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC,
+    bpf_fib_lookup as FibLookup, bpf_sock, bpf_sock_tuple,
 };
-use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_udp, bpf_sk_release, bpf_sk_lookup_tcp};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
 use proxy_common::abi::flow::{FlowKey, FlowRef, FlowValue};
 use proxy_common::abi::fragment::{FragmentKey, FragmentValue};
 use proxy_common::addr::{Addr, Proto};
@@ -290,11 +291,8 @@ fn tracked(skb: *mut __sk_buff, tuple: &Tuple) -> u32 {
     let (key, size) = socket_tuple(tuple);
     let mut options = TrackOptions { netns: -1, error: 0, l4proto: tuple.proto.0, dir: 0, reserved: [0; 2] };
     // Two calls: the verifier wants to know the size as a constant at each.
-    let found = if size == 12 {
-        track_lookup(skb, &key, 12, &mut options)
-    } else {
-        track_lookup(skb, &key, 36, &mut options)
-    };
+    let found =
+        if size == 12 { track_lookup(skb, &key, 12, &mut options) } else { track_lookup(skb, &key, 36, &mut options) };
     if found == 0 {
         return 0;
     }

@@ -2,9 +2,7 @@
 //! right. Headers nearly always lie in the linear part; where they do not, the packet is pulled and looked at again.
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
-use aya_ebpf::helpers::generated::{
-    bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes,
-};
+use aya_ebpf::helpers::generated::{bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes};
 use proxy_common::lb::rewrite::{Edit, L4};
 use proxy_common::wire::Packet;
 use proxy_common::wire::checksum::Diff;
@@ -159,10 +157,7 @@ impl Edit for SkBuff {
         let diff = diff.to_u32() as u64;
         // SAFETY: the context of the running program; size 0 in the flags means that `to` is a difference.
         unsafe {
-            if how.pseudo
-                && how.v6
-                && bpf_l4_csum_replace(self.0, offset as u32, 0, diff, flags | BPF_F_IPV6) == 0
-            {
+            if how.pseudo && how.v6 && bpf_l4_csum_replace(self.0, offset as u32, 0, diff, flags | BPF_F_IPV6) == 0 {
                 return true;
             }
             bpf_l4_csum_replace(self.0, offset as u32, 0, diff, flags) == 0

@@ -116,7 +116,11 @@ impl<C> Tables for Env<C> {
         let record = maps::services.get_ptr(service)?;
         // SAFETY: a mapped element of the service array; one aligned load of the word that userspace publishes.
         let word = unsafe {
-            if local { (&raw const (*record).local).read_volatile() } else { (&raw const (*record).cluster).read_volatile() }
+            if local {
+                (&raw const (*record).local).read_volatile()
+            } else {
+                (&raw const (*record).cluster).read_volatile()
+            }
         };
         Some(Range::unpack(word))
     }

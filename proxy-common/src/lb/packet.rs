@@ -82,10 +82,11 @@ pub fn ingress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
         return None;
     }
     let ports = uses_of(flows, class, packet);
-    if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
-        if let Some(flow) = flows.established(&tuple.snat_key()) {
-            return Some(Verdict::Rewrite(to_peer(flow)));
-        }
+    if class.has(AddressClass::NODE)
+        && ports.has(PortUse::SNAT)
+        && let Some(flow) = flows.established(&tuple.snat_key())
+    {
+        return Some(Verdict::Rewrite(to_peer(flow)));
     }
     let is_tcp = tuple.proto == Proto::TCP;
     if !is_dialled(class, ports) {
@@ -252,10 +253,11 @@ fn to_peer(flow: FlowRef<'_>) -> Rewrite {
 /// TCP and UDP at ingress.
 #[inline(always)]
 fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse) -> Step {
-    if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
-        if let Some(flow) = snat_entry(flows, packet) {
-            return Step::Done(Verdict::Rewrite(to_peer(flow)));
-        }
+    if class.has(AddressClass::NODE)
+        && ports.has(PortUse::SNAT)
+        && let Some(flow) = snat_entry(flows, packet)
+    {
+        return Step::Done(Verdict::Rewrite(to_peer(flow)));
     }
     if !is_dialled(class, ports) {
         return if class.has(AddressClass::BACKEND) { Step::Open { clash: false } } else { Step::Done(PASS) };
@@ -313,9 +315,7 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
         return Known::Other;
     }
-    let gone = (opens || !is_tcp)
-        && !direct
-        && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite);
+    let gone = (opens || !is_tcp) && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite);
     if opens || closes || !established || gone {
         let Some(plain) = plain_entry(flows, packet, &rewrite) else {
             remove_front(flows, packet);
@@ -822,10 +822,11 @@ fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16) -
 #[inline(never)]
 fn icmp_error<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: PortUse) -> Verdict {
     let tuple = &packet.tuple;
-    if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
-        if let Some(flow) = find(flows, &tuple.snat_key()) {
-            return Verdict::Rewrite(to_peer(flow));
-        }
+    if class.has(AddressClass::NODE)
+        && ports.has(PortUse::SNAT)
+        && let Some(flow) = find(flows, &tuple.snat_key())
+    {
+        return Verdict::Rewrite(to_peer(flow));
     }
     if let Some(flow) = find(flows, &tuple.front_key()) {
         return Verdict::Rewrite(to_peer(flow));

@@ -93,10 +93,10 @@ pub fn pick<T: Tables>(
         return Err(nobody(range));
     }
     let timeout = tables.affinity_timeout(service);
-    if timeout != 0 {
-        if let Some(pick) = remembered(tables, range, client, timeout, now) {
-            return Ok(pick);
-        }
+    if timeout != 0
+        && let Some(pick) = remembered(tables, range, client, timeout, now)
+    {
+        return Ok(pick);
     }
     let position = range.base.wrapping_add(select::position(client.hash, range.count));
     match tables.slot(position) {

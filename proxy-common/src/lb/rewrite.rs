@@ -210,11 +210,7 @@ fn store(stored: bool) -> Option<()> {
 
 #[inline(always)]
 fn quoted_checksum<E: Edit>(packet: &E, l4: usize, proto: Proto) -> Option<u16> {
-    if proto == Proto::TCP {
-        Some(packet.load::<Tcp>(l4)?.checksum)
-    } else {
-        Some(packet.load::<Udp>(l4)?.checksum)
-    }
+    if proto == Proto::TCP { Some(packet.load::<Tcp>(l4)?.checksum) } else { Some(packet.load::<Udp>(l4)?.checksum) }
 }
 
 /// A packet in a slice, whose checksums are all complete: for tests and for tools.

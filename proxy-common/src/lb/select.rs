@@ -82,7 +82,7 @@ pub const fn hash_socket(key: [u64; 2], cookie: u64, service: u32) -> u64 {
 /// Position in a set of `count` slots, evenly spread (Lemire: multiply, keep the upper half).
 #[inline(always)]
 pub const fn position(hash: u64, count: u32) -> u32 {
-    ((hash & 0xffff_ffff) * count as u64 >> 32) as u32
+    (((hash & 0xffff_ffff) * count as u64) >> 32) as u32
 }
 
 #[cfg(test)]

@@ -118,12 +118,7 @@ pub fn entry_to<'a, T: Tables>(tables: &T, table: &'a SocketTable, addr: &Addr, 
 /// The entry of a backend, for a datagram that came from it.
 #[inline(always)]
 pub fn entry_from<'a>(table: &'a SocketTable, addr: &Addr, port: Be16) -> Option<&'a SocketEntry> {
-    for entry in &table.entries {
-        if entry.service != 0 && entry.backend_port == port && entry.backend == *addr {
-            return Some(entry);
-        }
-    }
-    None
+    table.entries.iter().find(|entry| entry.service != 0 && entry.backend_port == port && entry.backend == *addr)
 }
 
 /// Stores an entry: in place of the one of the same frontend, else of the oldest.
@@ -141,4 +136,3 @@ pub fn store(table: &mut SocketTable, new: &SocketEntry) {
 }
 
 const _: () = assert!(SOCKET_ENTRIES.is_power_of_two());
-

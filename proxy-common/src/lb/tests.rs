@@ -201,7 +201,8 @@ fn established(world: &World) -> usize {
 /// A world with one service in both families: two backends here, one elsewhere.
 fn with_service(proto: Proto) -> World {
     let mut world = World::new();
-    let v4 = world.add_service(&[("10.244.1.5", 8080, true), ("10.244.1.6", 8080, true), ("10.244.2.7", 80, false)], proto);
+    let v4 =
+        world.add_service(&[("10.244.1.5", 8080, true), ("10.244.1.6", 8080, true), ("10.244.2.7", 80, false)], proto);
     let v6 = world.add_service(&[("fd00:1::5", 8080, true), ("fd00:2::7", 80, false)], proto);
     for (service, cluster_ip, wildcard, external) in
         [(v4, "10.96.0.10", "0.0.0.0", "198.51.100.9"), (v6, "fd96::10", "::", "2001:db8:9::9")]
@@ -412,7 +413,10 @@ fn policies_and_emptiness_decide_who_is_refused_and_how() {
     world.add_frontend(none, "10.96.0.11", 80, Proto::TCP, CLUSTER_IP);
     let outside = dial(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30001, Proto::TCP));
     assert_eq!(outside.err(), Some((DropReason::NoLocalEndpoint, Refusal::Drop)));
-    assert!(dial(&world, tuple("10.244.1.50", 4000, "192.0.2.1", 30001, Proto::TCP)).is_ok(), "inside: the cluster set");
+    assert!(
+        dial(&world, tuple("10.244.1.50", 4000, "192.0.2.1", 30001, Proto::TCP)).is_ok(),
+        "inside: the cluster set"
+    );
     let empty = dial(&world, tuple("10.244.1.50", 4000, "10.96.0.11", 80, Proto::TCP));
     assert_eq!(empty.err(), Some((DropReason::NoEndpoint, Refusal::Reject)));
 }

@@ -104,9 +104,6 @@ impl World {
         for node in ["192.0.2.1", "2001:db8::1"] {
             world.add_class(addr(node), AddressClass::NODE | AddressClass::NODE_PORT);
         }
-        for port in config.snat_first..=config.snat_last {
-            world.port_uses.borrow_mut().insert(port, PortUse::SNAT);
-        }
         world
     }
 
@@ -193,7 +190,9 @@ impl Tables for World {
         self.add_class(*addr, AddressClass::FLOWS);
     }
     fn port_use(&self, port: Port) -> PortUse {
-        PortUse(self.port_uses.borrow().get(&port.0).copied().unwrap_or_default())
+        let in_range = (self.config.snat_first..=self.config.snat_last).contains(&port.0);
+        let range = if in_range { PortUse::SNAT } else { 0 };
+        PortUse(range | self.port_uses.borrow().get(&port.0).copied().unwrap_or_default())
     }
     fn set_snat_port(&self, port: Port) {
         *self.port_uses.borrow_mut().entry(port.0).or_insert(0) |= PortUse::SNAT;

@@ -7,7 +7,9 @@ pub mod header;
 
 use crate::addr::{Addr, Be16, Proto};
 use crate::lb::tuple::Tuple;
-use header::{Ethernet, Extension, Fragment, Header, Icmp, Ipv4, Ipv6, Ports, Tcp, Udp, Vlan, ethertype, extension, tcp};
+use header::{
+    Ethernet, Extension, Fragment, Header, Icmp, Ipv4, Ipv6, Ports, Tcp, Udp, Vlan, ethertype, extension, tcp,
+};
 
 /// Bytes that can be read. The kernel half implements it for its contexts, tests for slices.
 pub trait Packet {
@@ -301,7 +303,10 @@ fn icmp<P: Packet, const QUOTES: bool>(packet: &P, offset: usize, icmp_proto: u8
     }
     let quoted_l3 = offset + size_of::<Icmp>();
     // A quote too short to tell its ports concerns no flow: the error passes as it is.
-    let Some(quoted) = (if v6 { ipv6(packet, quoted_l3, MAX_QUOTED_EXTENSIONS) } else { ipv4(packet, quoted_l3) }) else { return Some(()) };
+    let Some(quoted) = (if v6 { ipv6(packet, quoted_l3, MAX_QUOTED_EXTENSIONS) } else { ipv4(packet, quoted_l3) })
+    else {
+        return Some(());
+    };
     let known = quoted.proto == Proto::TCP.0 || quoted.proto == Proto::UDP.0;
     if !known || quoted.fragment == FragmentPart::Later || quoted.l4 >= MAX_OFFSET {
         return Some(());

@@ -106,7 +106,8 @@ impl Call {
     #[inline(always)]
     fn dial(&self, proto: Proto) -> Dial {
         // SAFETY: the context of the running program.
-        let (socket, netns) = unsafe { (bpf_get_socket_cookie(self.ctx.cast()), bpf_get_netns_cookie(self.ctx.cast())) };
+        let (socket, netns) =
+            unsafe { (bpf_get_socket_cookie(self.ctx.cast()), bpf_get_netns_cookie(self.ctx.cast())) };
         Dial { addr: self.addr(), port: self.port(), proto, socket, netns, bound: self.is_bound(), now: now() }
     }
 
@@ -124,9 +125,14 @@ fn storage<T>(map: &SkStorage<T>, call: &Call, create: bool) -> Option<&'static 
     // SAFETY: the call's socket; the element belongs to it, and only calls on it, which the kernel puts in order or which
     // tolerate each other's words, write it.
     unsafe {
-        bpf_sk_storage_get(core::ptr::from_ref(map).cast_mut().cast(), call.socket().cast(), core::ptr::null_mut(), flags)
-            .cast::<T>()
-            .as_mut()
+        bpf_sk_storage_get(
+            core::ptr::from_ref(map).cast_mut().cast(),
+            call.socket().cast(),
+            core::ptr::null_mut(),
+            flags,
+        )
+        .cast::<T>()
+        .as_mut()
     }
 }
 
