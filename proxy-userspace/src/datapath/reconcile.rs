@@ -340,3 +340,225 @@ impl Grace {
         count
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::net::Ipv4Addr;
+
+    use proxy_common::addr::Port;
+
+    use super::*;
+    use crate::datapath::fake::Faulty;
+    use crate::model::{
+        ByFamily, Conditions, Endpoint, EndpointGroup, EndpointPort, EndpointSubset, Endpoints, GroupKind, Name,
+        NodeFacts, Protocol, Service, ServicePort, TrafficPolicy,
+    };
+    use crate::planner::{Limits, SnatPorts, Tables};
+
+    const LIMITS: Limits = Limits { services: 64, backends: 256, slots: 1024 };
+
+    fn addr(third: u8, last: u8) -> Addr {
+        Addr::from(Ipv4Addr::new(10, 96, third, last))
+    }
+
+    fn key(number: u8) -> ServiceKey {
+        let name = Name::from(format!("s{number}").as_str());
+        ServiceKey { source: SourceId::Manifests, namespace: Name::from("default"), name }
+    }
+
+    /// Service `number` with two ports, one of them a NodePort.
+    fn service(number: u8) -> Service {
+        let port = |name: &str, port, node_port| ServicePort {
+            name: Name::from(name),
+            protocol: Protocol::Tcp,
+            port: Port(port),
+            node_port,
+        };
+        Service {
+            created: None,
+            cluster_ips: ByFamily { v4: Some(addr(0, number)), v6: None },
+            ports: [port("a", 80, None), port("b", 81, Some(Port(30000 + u16::from(number))))].into(),
+            external_ips: Box::default(),
+            load_balancer_ips: Box::default(),
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            affinity: None,
+            restricted: ByFamily::default(),
+        }
+    }
+
+    /// `count` endpoints of service `number`, the first of them being endpoint `first`.
+    fn endpoints(number: u8, first: u8, count: u8) -> Endpoints {
+        let port =
+            |name: &str, port| EndpointPort { name: Name::from(name), protocol: Protocol::Tcp, port: Port(port) };
+        let endpoint = |last| Endpoint {
+            addr: addr(number, last),
+            node: None,
+            hints: None,
+            conditions: Conditions::new(None, None, None),
+        };
+        let subset = EndpointSubset {
+            ports: [port("a", 8080), port("b", 8081)].into(),
+            endpoints: (first..first + count).map(endpoint).collect(),
+        };
+        let group = EndpointGroup { kind: GroupKind::Slice, name: Name::from("e"), subsets: [subset].into() };
+        Endpoints::default().with(Arc::new(group))
+    }
+
+    /// Services 1 to 3 with the given endpoints; (0, 0) leaves a service out.
+    fn snapshot(sets: [(u8, u8); 3]) -> Arc<Snapshot> {
+        let mut snapshot = Snapshot::empty(Arc::new(NodeFacts::named(Name::from("n"))), []);
+        for (number, (first, count)) in (1..).zip(sets) {
+            if first > 0 {
+                snapshot.services.insert(key(number), Arc::new(service(number)));
+                snapshot.endpoints.insert(key(number), Arc::new(endpoints(number, first, count)));
+            }
+        }
+        Arc::new(snapshot)
+    }
+
+    /// What a history of snapshots passes through: new, scaled, moved, without endpoints, gone, back.
+    fn history() -> Vec<Arc<Snapshot>> {
+        let sets = [
+            [(1, 2), (1, 1), (0, 0)],
+            [(1, 2), (1, 3), (1, 2)],
+            [(2, 2), (1, 3), (1, 2)],
+            [(2, 2), (1, 0), (1, 2)],
+            [(0, 0), (7, 2), (1, 2)],
+            [(5, 4), (7, 2), (3, 1)],
+        ];
+        sets.into_iter().map(snapshot).collect()
+    }
+
+    fn state() -> State {
+        State::restore(LIMITS, SnatPorts(10000..=10063), &Tables::default())
+    }
+
+    fn reconciler<M: Maps>(maps: M) -> Reconciler<M> {
+        Reconciler::new(maps, state())
+    }
+
+    /// Reconciles the history as far as it goes, clearing after each step.
+    fn run<M: Maps>(reconciler: &mut Reconciler<M>, history: &[Arc<Snapshot>]) {
+        for snapshot in history {
+            reconciler.advance(snapshot);
+            reconciler.retire(reconciler.retiring());
+        }
+    }
+
+    /// Tables without what nothing can read: slots outside published ranges.
+    fn visible(tables: &Tables) -> Tables {
+        use proxy_common::abi::service::Range;
+        let ranges = |tables: &Tables| {
+            let packed = tables.services.values().flat_map(|record| [record.cluster, record.local]);
+            packed.map(Range::unpack).map(|range| range.base..range.base + range.count).collect::<Vec<_>>()
+        };
+        let ranges = ranges(tables);
+        let mut tables = tables.clone();
+        tables.slots.retain(|position, _| ranges.iter().any(|range| range.contains(position)));
+        tables
+    }
+
+    /// Entries of one service that a client can reach.
+    fn entries_of(tables: &Tables, number: u8) -> String {
+        let ours = |name: &str| name.contains(&format!("/s{number}:"));
+        let ids: Vec<_> = tables.names.iter().filter(|(_, name)| ours(name)).map(|(id, _)| *id).collect();
+        let mut lines = Vec::new();
+        for (at, value) in tables.frontends.iter().filter(|(_, value)| ids.iter().any(|id| id.0 == value.service)) {
+            let record = tables.services[&crate::planner::ServiceId(value.service)];
+            let range = proxy_common::abi::service::Range::unpack(record.cluster);
+            let slots = (range.base..range.base + range.count).map(|position| tables.slots[&position].backend);
+            let backends =
+                slots.map(|id| tables.backends.get(&crate::planner::BackendId(id)).map(|b| (b.addr, b.port)));
+            lines.push(format!("{at} {:?}", backends.collect::<Vec<_>>()));
+        }
+        lines.join("\n")
+    }
+
+    #[test]
+    fn a_history_leads_to_the_tables_of_its_end() {
+        let mut reconciler = reconciler(Tables::default());
+        run(&mut reconciler, &history());
+        assert!(!reconciler.has_failures());
+        let tables = reconciler.maps();
+        assert_eq!(tables.names.len(), 6);
+        for number in 1..=3 {
+            assert_eq!(entries_of(tables, number).lines().count(), 3, "two ClusterIP ports and a NodePort");
+        }
+    }
+
+    /// Every operation of the history is refused once, each in a run of its own: afterwards the tables are as if nothing
+    /// had been refused, and while it waits no other service is any different.
+    #[test]
+    fn any_operation_may_be_refused_once_and_harms_only_its_own_service() {
+        let count = {
+            let tried = RefCell::new(0);
+            let mut counting = reconciler(Faulty {
+                tables: Tables::default(),
+                refuses: |_: &Op| {
+                    *tried.borrow_mut() += 1;
+                    false
+                },
+            });
+            run(&mut counting, &history());
+            tried.into_inner()
+        };
+        assert!(count > 60, "the history does {count} operations");
+        for refused in 0..count {
+            refuse_one(refused);
+        }
+    }
+
+    fn refuse_one(refused: usize) {
+        let tried = RefCell::new(0);
+        let refuses = |_: &Op| {
+            *tried.borrow_mut() += 1;
+            *tried.borrow() == refused + 1
+        };
+        let mut faulty = reconciler(Faulty { tables: Tables::default(), refuses });
+        let mut sound = reconciler(Tables::default());
+        for snapshot in history() {
+            faulty.advance(&snapshot);
+            sound.advance(&snapshot);
+            let hurt: Vec<Subject> = faulty.failures().into_iter().map(|failure| failure.subject).collect();
+            assert!(hurt.len() <= 1, "one refusal, one subject: {hurt:?}");
+            for number in 1..=3 {
+                let seen = entries_of(&faulty.maps().tables, number);
+                assert!(!seen.contains("None"), "published without its backends, refusal {refused}: {seen}");
+            }
+            for number in (1..=3).filter(|number| !hurt.contains(&Subject::Service(key(*number)))) {
+                let (seen, wanted) = (entries_of(&faulty.maps().tables, number), entries_of(sound.maps(), number));
+                assert_eq!(seen, wanted, "service {number} after the refusal of operation {refused}: {hurt:?}");
+            }
+            faulty.retry();
+            assert!(!faulty.has_failures(), "refused once, operation {refused} is done at the second try");
+            faulty.retire(faulty.retiring());
+            sound.retire(sound.retiring());
+            faulty.retry();
+            assert_eq!(visible(&faulty.maps().tables), visible(sound.maps()), "operation {refused}");
+        }
+    }
+
+    /// A table that never takes a certain frontend: its service waits, the others go on, and what makes it void ends it.
+    #[test]
+    fn a_refusal_that_lasts_is_a_status_until_it_is_void() {
+        let refuses = |op: &Op| matches!(op, Op::PutFrontend { at, .. } if at.addr == addr(0, 2));
+        let mut reconciler = reconciler(Faulty { tables: Tables::default(), refuses });
+        run(&mut reconciler, &history()[..3]);
+        for _ in 0..3 {
+            reconciler.retry();
+        }
+        let failures = reconciler.failures();
+        assert_eq!(failures.len(), 1);
+        assert_eq!(failures[0].subject, Subject::Service(key(2)));
+        assert!(failures[0].attempts >= 4, "{failures:?}");
+        assert!(failures[0].error.contains("cannot write fake: "), "{failures:?}");
+        assert_eq!(entries_of(&reconciler.maps().tables, 3).lines().count(), 3);
+        reconciler.advance(&snapshot([(2, 2), (0, 0), (1, 2)]));
+        reconciler.retire(reconciler.retiring());
+        reconciler.retry();
+        assert!(!reconciler.has_failures(), "{:?}", reconciler.failures());
+        assert_eq!(reconciler.maps().tables.names.len(), 4);
+    }
+}
