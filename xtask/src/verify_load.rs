@@ -15,11 +15,9 @@ use proxy_userspace::datapath::{
     pins::Pins,
 };
 
-/// The kernel's own limit (BPF_COMPLEXITY_LIMIT_INSNS).
-const KERNEL_LIMIT: u32 = 1_000_000;
-/// Our limits on the instructions that the kernel goes through to check a program, by the beginning of its name; the first
-/// that fits counts. They lie well above what was measured, and are there so that growth is seen and decided upon.
-const LIMITS: [(&str, u32); 1] = [("", 200_000)];
+/// Limits on the instructions that the kernel goes through to check a program, by the program's type. They are twice what
+/// was measured on Linux 6.18, so that growth is seen and decided upon; the kernel's own limit is a million.
+const LIMITS: [(&str, u32); 3] = [("cgroup_sock_addr", 20_000), ("sched_cls", 150_000), ("xdp", 150_000)];
 /// Capacities are no part of what is checked: small ones load fast.
 const SIZES: Sizes = Sizes { services: 1024, backends: 1024, flows: 1024 };
 
@@ -60,7 +58,7 @@ fn run() -> Result<()> {
     print!("{}", table(&rows));
     let above: Vec<_> = rows.iter().filter(|row| row.verified > row.limit).map(|row| row.name.as_str()).collect();
     if !above.is_empty() {
-        bail!("above the limit kept in xtask/src/verify_load.rs: {}", above.join(", "));
+        bail!("above the limit of {}: {}", file!(), above.join(", "));
     }
     Ok(())
 }
@@ -121,18 +119,19 @@ fn program_id(fd: i32) -> Result<u32> {
 
 fn row(name: &str, info: &ProgramInfo) -> Result<Row> {
     let bytes = info.size_translated().context("this kernel does not tell a program's size")?;
+    let kind = format!("{:?}", info.program_type()).trim_start_matches("BPF_PROG_TYPE_").to_lowercase();
     Ok(Row {
         name: name.to_owned(),
-        kind: format!("{:?}", info.program_type()),
+        limit: limit(&kind).with_context(|| format!("programs of type {kind} have no limit in {}", file!()))?,
+        kind,
         instructions: bytes / 8,
         verified: info.verified_instruction_count().context("this kernel does not tell verified instructions")?,
         jited_bytes: info.size_jitted(),
-        limit: limit(name),
     })
 }
 
-fn limit(name: &str) -> u32 {
-    LIMITS.iter().find(|(start, _)| name.starts_with(start)).map_or(KERNEL_LIMIT, |(_, limit)| *limit)
+fn limit(kind: &str) -> Option<u32> {
+    LIMITS.iter().find(|(known, _)| *known == kind).map(|(_, limit)| *limit)
 }
 
 fn table(rows: &[Row]) -> String {
@@ -163,17 +162,17 @@ mod tests {
     fn table_lines_up_names_left_and_numbers_right() {
         let row = |name: &str, verified| Row {
             name: name.into(),
-            kind: "Xdp".into(),
+            kind: "xdp".into(),
             instructions: 10,
             verified,
             jited_bytes: 80,
-            limit: limit(name),
+            limit: 1000,
         };
         let text = table(&[row("a", 7), row("longer_name", 123_456)]);
         let lengths: Vec<_> = text.lines().map(str::len).collect();
         assert_eq!(lengths.len(), 3);
         assert!(lengths.iter().all(|length| *length == lengths[0]), "{text}");
-        assert!(text.contains("\na            Xdp"), "{text}");
+        assert!(text.contains("\na            xdp"), "{text}");
     }
 
     #[test]
@@ -182,10 +181,5 @@ mod tests {
         let short = ends(&text.join("\n"));
         assert!(short.starts_with("0\n1\n2\n... 57 lines ...\n60\n") && short.ends_with("\n99"), "{short}");
         assert_eq!(ends("a\nb"), "a\nb");
-    }
-
-    #[test]
-    fn no_limit_is_above_the_kernels() {
-        assert!(LIMITS.iter().all(|(_, limit)| *limit <= KERNEL_LIMIT));
     }
 }
