@@ -65,7 +65,8 @@ impl Content {
             return known.unwrap_or_default() != problems;
         }
         let target = source.staged.as_mut().unwrap_or(&mut self.visible);
-        let changed = step(target, &mut source.listed, &mut source.listing, &mut source.groups, update.source, update.event);
+        let changed =
+            step(target, &mut source.listed, &mut source.listing, &mut source.groups, update.source, update.event);
         if source.staged.is_none() {
             return changed;
         }
@@ -167,12 +168,7 @@ fn put_group(
 }
 
 /// Removes an object. True if it was there.
-fn remove(
-    target: &mut Snapshot,
-    groups: &mut BTreeMap<ObjectKey, Name>,
-    source: SourceId,
-    object: &ObjectKey,
-) -> bool {
+fn remove(target: &mut Snapshot, groups: &mut BTreeMap<ObjectKey, Name>, source: SourceId, object: &ObjectKey) -> bool {
     let (namespace, name) = (object.namespace.clone(), object.name.clone());
     match object.kind {
         Kind::Service => target.services.remove(&ServiceKey { source, namespace, name }).is_some(),
@@ -220,7 +216,11 @@ fn keys<'a>(
         Kind::Service => {
             let first = ServiceKey { source, namespace: Name::from(""), name: Name::from("") };
             let own = target.services.range(first..).take_while(move |(key, _)| key.source == source);
-            Box::new(own.map(move |(key, _)| ObjectKey { kind, namespace: key.namespace.clone(), name: key.name.clone() }))
+            Box::new(own.map(move |(key, _)| ObjectKey {
+                kind,
+                namespace: key.namespace.clone(),
+                name: key.name.clone(),
+            }))
         }
         Kind::Node => {
             let own = target.nodes.keys().filter(move |key| key.0 == source);

@@ -187,11 +187,8 @@ fn parse_name(text: &str) -> Option<PortName> {
     let (source, rest) = rest.split_once('/')?;
     let (namespace, name) = rest.split_once('/')?;
     let proto = [Proto::TCP, Proto::UDP].into_iter().find(|known| known.to_string() == proto)?;
-    let service = ServiceKey {
-        source: SourceId::from_name(source)?,
-        namespace: Name::from(namespace),
-        name: Name::from(name),
-    };
+    let service =
+        ServiceKey { source: SourceId::from_name(source)?, namespace: Name::from(namespace), name: Name::from(name) };
     PortName::new(service, Name::from(port), proto, Family::from_name(family)?).ok()
 }
 

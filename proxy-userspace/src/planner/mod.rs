@@ -41,6 +41,9 @@ mod text;
 pub mod usage;
 mod work;
 
+#[cfg(test)]
+mod tests;
+
 pub use ids::{BackendId, Epoch, Limits, ServiceId};
 pub use key::{BackendAddr, FrontendAddr, PortName};
 pub use node::NodeView;

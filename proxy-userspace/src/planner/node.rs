@@ -56,8 +56,7 @@ impl NodeView {
 
     /// True if endpoint selection or the choice of local backends may differ between the two.
     pub fn plans_differ(&self, other: &Self) -> bool {
-        (&self.name, &self.zone) != (&other.name, &other.zone)
-            || !self.addresses.keys().eq(other.addresses.keys())
+        (&self.name, &self.zone) != (&other.name, &other.zone) || !self.addresses.keys().eq(other.addresses.keys())
     }
 }
 

@@ -154,7 +154,7 @@ pub enum Stage {
     Point,
     /// Lets packets reach new frontends.
     Reveal,
-    /// Takes frontends away.
+    /// Takes frontends away, and empties sets.
     Withdraw,
     /// Takes away what only they needed.
     Conceal,
@@ -180,6 +180,7 @@ impl Group {
         let leftovers = self.subject == Subject::Leftovers;
         match op {
             Op::PutCidrs(_) | Op::PutName { .. } | Op::PutBackend { .. } => Stage::Prepare,
+            Op::PublishService { .. } if leftovers => Stage::Withdraw,
             Op::WriteSlots { .. } | Op::PublishService { .. } => Stage::Prepare,
             Op::PutFrontend { .. } => Stage::Point,
             Op::PutAddress { .. } | Op::PutPorts { .. } if !leftovers => Stage::Reveal,

@@ -200,22 +200,25 @@ fn kind_of(at: &FrontendAddr, value: &FrontendValue) -> FrontendKind {
     }
 }
 
-/// A service port from its record. If its slots are not all its own, or name backends that are not there, it has none that
-/// can be kept.
+/// A service port from its record. If its slots are not all its own, or name backends that are not there, nothing of it can
+/// be kept but its id.
 fn restore_port(tables: &Tables, id: ServiceId, stretch: Stretch, frontends: Vec<PlannedFrontend>) -> Port {
+    let record = tables.services.get(&id).copied().unwrap_or(ServiceRecord::ZERO);
     let own = |position: u32| tables.slots.get(&position).filter(|slot| slot.owner == id.0);
     let live = |position: u32| {
         let backend = BackendId(own(position)?.backend);
         tables.backends.get(&backend).filter(|record| record.is_live()).map(|record| (backend, record))
     };
     let found: Option<Vec<_>> = (stretch.base..stretch.base + stretch.count).map(live).collect();
+    let found = found.filter(|_| span(&record).unwrap_or_default() == stretch);
+    let is_sound = found.is_some();
     let found = found.unwrap_or_default();
     let backends: BTreeMap<_, _> = found.iter().map(|(_, record)| (address_of(record), record.is_local())).collect();
     Port {
         id,
         stretch,
         slots: found.iter().map(|(backend, _)| *backend).collect(),
-        record: tables.services.get(&id).copied().unwrap_or(ServiceRecord::ZERO),
+        record: is_sound.then_some(record),
         backends: backends.into_iter().collect(),
         frontends: frontends.into(),
         created: None,

@@ -58,9 +58,10 @@ pub(super) struct Port {
     pub id: ServiceId,
     /// The slots it holds.
     pub stretch: Stretch,
-    /// What is in them; empty although it holds some if the tables were not consistent.
+    /// What is in them; empty although it holds some if the table contradicts itself.
     pub slots: Box<[BackendId]>,
-    pub record: ServiceRecord,
+    /// What the table says; `None` if it contradicts itself.
+    pub record: Option<ServiceRecord>,
     /// Its backends, and whether it says that they run here.
     pub backends: Box<[(BackendAddr, bool)]>,
     pub frontends: Box<[PlannedFrontend]>,
@@ -266,14 +267,12 @@ impl State {
                 work.write(&name, Op::WriteSlots { base: stretch.base, slots: owned_by(id, &slots) });
             }
         }
-        if old.as_ref().is_none_or(|old| old.record != record) {
-            work.write(&name, Op::PublishService { id, record });
-        }
+        publish(&name, id, old.as_ref().and_then(|old| old.record), record, work);
         let port = Port {
             id,
             stretch,
             slots,
-            record,
+            record: Some(record),
             backends: plan.backends.iter().map(|backend| (backend.at, backend.is_local)).collect(),
             frontends: plan.frontends.iter().copied().collect(),
             created,
@@ -314,7 +313,7 @@ impl State {
 
     fn are_slots(&self, port: &Port, wanted: &[BackendAddr]) -> bool {
         let ids = wanted.iter().map(|at| self.backends.get(at).map(|backend| backend.id));
-        port.slots.len() == port.stretch.count as usize && port.slots.iter().map(|id| Some(*id)).eq(ids)
+        port.record.is_some() && port.slots.iter().map(|id| Some(*id)).eq(ids)
     }
 
     /// Counts a port in as a user of its backends, with new ids for new ones.
@@ -393,11 +392,8 @@ impl State {
 }
 
 /// No frontend comes before it.
-const FIRST_FRONTEND: FrontendAddr = FrontendAddr {
-    addr: Addr::UNSPECIFIED_V6,
-    port: proxy_common::addr::Port(0),
-    proto: proxy_common::addr::Proto(0),
-};
+const FIRST_FRONTEND: FrontendAddr =
+    FrontendAddr { addr: Addr::UNSPECIFIED_V6, port: proxy_common::addr::Port(0), proto: proxy_common::addr::Proto(0) };
 
 /// The claim of a port on one of its frontends.
 pub(super) fn claim(name: &Arc<PortName>, port: &Port, frontend: &PlannedFrontend) -> Claim {
@@ -407,6 +403,21 @@ pub(super) fn claim(name: &Arc<PortName>, port: &Port, frontend: &PlannedFronten
         created: port.created,
         owner: name.clone(),
         value: FrontendValue { service: port.id.0, flags: frontend.flags },
+    }
+}
+
+/// Publishes a record. A set that becomes empty is published last: a frontend that leaves for another service must not
+/// meet it.
+fn publish(name: &PortName, id: ServiceId, old: Option<ServiceRecord>, new: ServiceRecord, work: &mut Work) {
+    let Some(old) = old else { return work.write(name, Op::PublishService { id, record: new }) };
+    let meanwhile = |old: u64, new: u64| if Range::unpack(new).count == 0 { old } else { new };
+    let first =
+        ServiceRecord { cluster: meanwhile(old.cluster, new.cluster), local: meanwhile(old.local, new.local), ..new };
+    if first != old {
+        work.write(name, Op::PublishService { id, record: first });
+    }
+    if first != new {
+        work.empty(Op::PublishService { id, record: new });
     }
 }
 

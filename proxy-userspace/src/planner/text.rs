@@ -232,13 +232,16 @@ impl fmt::Display for Op {
                 write!(f, "publish service {id}: cluster {cluster}, local {local}, affinity {}s", record.affinity)
             }
             Self::PutFrontend { at, value } => {
-                let text = format!("put frontend {at} of service {} {}", value.service, frontend_names(at, value.flags));
+                let text =
+                    format!("put frontend {at} of service {} {}", value.service, frontend_names(at, value.flags));
                 f.write_str(text.trim_end())
             }
             Self::DeleteFrontend { at } => write!(f, "delete frontend {at}"),
             Self::PutAddress { addr, class, .. } => write!(f, "put address {addr} {}", class_names(class.flags)),
             Self::DeleteAddress { addr } => write!(f, "delete address {addr}"),
-            Self::PutPorts { index, word, .. } => write!(f, "put ports {}-{} {:#x}", index * 32, index * 32 + 31, word.bits),
+            Self::PutPorts { index, word, .. } => {
+                write!(f, "put ports {}-{} {:#x}", index * 32, index * 32 + 31, word.bits)
+            }
             Self::RetireBackend { id } => write!(f, "retire backend {id}"),
             Self::RetireService { id } => write!(f, "retire service {id}"),
         }

@@ -30,6 +30,8 @@ pub(super) struct Work {
     addresses: BTreeSet<Addr>,
     /// Words of ports that may have lost a use.
     words: BTreeSet<u32>,
+    /// Sets that become empty.
+    emptied: Vec<Op>,
     /// Backends that lost a user.
     pub left: Vec<BackendAddr>,
     /// Frontends that are to be removed and whose service is not known.
@@ -71,6 +73,11 @@ impl Work {
     /// Slots or a record are written.
     pub(super) fn write(&mut self, name: &PortName, op: Op) {
         self.of(name.service()).writes.push(op);
+    }
+
+    /// A record of which a set becomes empty is published after everything else.
+    pub(super) fn empty(&mut self, op: Op) {
+        self.emptied.push(op);
     }
 
     /// A service lists backends.
@@ -241,7 +248,7 @@ impl State {
 
     /// Takes away what has lost its last user.
     fn settle_left_backends(&mut self, work: &mut Work, plan: &mut Plan) {
-        let mut now = Vec::new();
+        let mut now = std::mem::take(&mut work.emptied);
         let mut left = std::mem::take(&mut work.left);
         left.sort_unstable();
         left.dedup();

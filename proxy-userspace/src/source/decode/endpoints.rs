@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::field::{check_part, parse_port, parse_protocol, parse_unicast};
 use super::{Context, Decoded, Error, FieldError, Ignored, Meaning, raw};
 use crate::model::{
-    Conditions, Endpoint, EndpointGroup, EndpointPort, EndpointSubset, Family, GroupKind, Hints, Interner, Kind, Name, Object,
+    Conditions, Endpoint, EndpointGroup, EndpointPort, EndpointSubset, Family, GroupKind, Hints, Interner, Kind, Name,
+    Object,
 };
 
 /// Names the service of a slice.
@@ -27,7 +28,8 @@ pub fn decode_slice(object: raw::EndpointSlice, interner: &mut Interner) -> Resu
     let family = address_type(object.address_type.as_deref()).map_err(|error| context.refuse(error))?;
     let ports = ports("ports", object.ports, &mut context).map_err(|error| context.refuse(error))?;
     let listed = object.endpoints.unwrap_or_default().into_iter().enumerate();
-    let endpoints = listed.filter_map(|(position, endpoint)| slice_endpoint(position, endpoint, family, &mut context)).collect();
+    let endpoints =
+        listed.filter_map(|(position, endpoint)| slice_endpoint(position, endpoint, family, &mut context)).collect();
     let subsets = Box::new([EndpointSubset { ports, endpoints }]);
     Ok(group(context, service, GroupKind::Slice, subsets))
 }
@@ -39,7 +41,8 @@ pub fn decode_endpoints(object: raw::Endpoints, interner: &mut Interner) -> Resu
         return Ok(context.is(Meaning::Ignored(Ignored::Headless)));
     }
     let listed = object.subsets.unwrap_or_default().into_iter().enumerate();
-    let subsets: Result<Box<[_]>, _> = listed.map(|(position, listed)| subset(position, listed, &mut context)).collect();
+    let subsets: Result<Box<[_]>, _> =
+        listed.map(|(position, listed)| subset(position, listed, &mut context)).collect();
     let subsets = subsets.map_err(|error| context.refuse(error))?;
     let service = context.key.name.clone();
     Ok(group(context, service, GroupKind::Legacy, subsets))
@@ -125,7 +128,12 @@ fn subset(position: usize, subset: raw::Subset, context: &mut Context<'_>) -> Re
     let ready = Conditions::new(Some(true), Some(true), None);
     let not_ready = Conditions::new(Some(false), Some(false), None);
     let mut endpoints = subset_endpoints(&format!("{field}.addresses"), subset.addresses, ready, context);
-    endpoints.extend(subset_endpoints(&format!("{field}.notReadyAddresses"), subset.not_ready_addresses, not_ready, context));
+    endpoints.extend(subset_endpoints(
+        &format!("{field}.notReadyAddresses"),
+        subset.not_ready_addresses,
+        not_ready,
+        context,
+    ));
     Ok(EndpointSubset { ports, endpoints: endpoints.into() })
 }
 

@@ -67,10 +67,7 @@ fn parse_yaml(mut text: &[u8], interner: &mut Interner) -> Result<Vec<Item>, Err
 }
 
 /// Documents are decoded one by one, so that a big file is never held as values.
-fn collect(
-    documents: impl Iterator<Item = Result<Value, Error>>,
-    interner: &mut Interner,
-) -> Result<Vec<Item>, Error> {
+fn collect(documents: impl Iterator<Item = Result<Value, Error>>, interner: &mut Interner) -> Result<Vec<Item>, Error> {
     let mut items = Vec::new();
     for document in documents {
         items.extend(decode_document(document?, interner));
