@@ -25,11 +25,12 @@ use crate::datapath::network::{Network, Watcher};
 use crate::datapath::object::OBJECT;
 use crate::datapath::pins::Pins;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{node, restore, sys};
+use crate::datapath::{node, restore, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::model::{NodeFacts, SourceSpec, Update, Writer};
 use crate::planner::{SnatPorts, State};
 use crate::source::manifests::{self, Manifests};
+use crate::telemetry::admin;
 use proxy_common::abi::config::Config as ProgramConfig;
 
 /// Updates of sources that may wait for the store.
@@ -116,7 +117,8 @@ async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -
     maps.write_node_config(&node_config(config, netns)?)?;
     let state = restored_state(config, &loaded)?;
     let (status_sender, status) = watch::channel(Arc::new(Status::default()));
-    let (_unused_sender, unused) = mpsc::channel(16);
+    let (unused_sender, unused) = mpsc::channel(16);
+    let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
     let reconciler = reconcile::Task {
         reconciler: Reconciler::new(maps, state),
         snapshots,
@@ -147,6 +149,10 @@ async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -
     parts.spawn("reconciler", async { Ok(reconciler.run(its_drain).await) });
     let its_drain = drain.clone();
     parts.spawn("attachments", async { Ok(attachments.run(its_drain).await?) });
+    let its_drain = drain.clone();
+    parts.spawn("sweep", async { Ok(sweep.run(its_drain).await) });
+    let admin = admin::serve(config.admin_socket.clone(), status.clone());
+    parts.spawn("admin socket", drained(drain.clone(), async { Ok(admin.await?) }));
     parts.spawn("readiness", drained(drain.clone(), announce(status, attached, config.ready_file.clone())));
     if let Some(folder) = &config.manifests {
         let source = Manifests::new(folder.clone(), updates_sender.clone());

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use crate::config::raw::{AgentFlags, DEFAULT_BPFFS};
+use crate::config::raw::{AgentFlags, DEFAULT_ADMIN_SOCKET, DEFAULT_BPFFS};
 use crate::config::{self};
 use crate::datapath::kernel;
 use table::Format;
@@ -59,7 +59,7 @@ enum Command {
     #[command(after_help = AGENT_EXAMPLES)]
     Agent(Box<AgentFlags>),
     /// What is programmed, attached and dropped, in short
-    Status(ShowArgs),
+    Status(StatusArgs),
     /// Services with their frontends, backends and traffic
     Services(ShowArgs),
     /// Backends and the services that use them
@@ -96,6 +96,16 @@ struct ShowArgs {
     /// Form of the output
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
+}
+
+/// What is shown of the state.
+#[derive(Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    show: ShowArgs,
+    /// Where a running agent is asked for what the tables cannot tell
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_ADMIN_SOCKET)]
+    admin_socket: PathBuf,
 }
 
 const EXAMPLE: &str = include_str!("../../../examples/web.yaml");

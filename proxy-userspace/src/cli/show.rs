@@ -8,13 +8,15 @@ use proxy_common::abi::service::Range;
 use proxy_common::verdict::DropReason;
 use serde::Serialize;
 
-use super::ShowArgs;
 use super::table::{Format, Row, print_json, print_rows};
+use super::{ShowArgs, StatusArgs};
 use crate::datapath::inspect::{self, Attached, FlowView, Traffic};
 use crate::datapath::kernel::MapFds;
 use crate::datapath::pins::{self, Pins};
 use crate::datapath::restore;
+use crate::error::chain;
 use crate::planner::{BackendId, ServiceId, Tables};
+use crate::telemetry::admin::{self, Report};
 
 fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
     let pins = Pins::new(&args.pins.bpffs);
@@ -34,6 +36,8 @@ struct StatusView {
     devices: Vec<String>,
     tables: BTreeMap<&'static str, Use>,
     drops: BTreeMap<&'static str, u64>,
+    /// What a running agent says.
+    report: Option<Report>,
 }
 
 /// How full a table is.
@@ -44,10 +48,16 @@ struct Use {
 }
 
 /// Prints the state in short.
-pub(super) fn status(args: &ShowArgs) -> Result<()> {
-    let (pins, maps) = open(args)?;
-    let view = status_view(&pins, &maps)?;
-    match args.output {
+pub(super) fn status(args: &StatusArgs) -> Result<()> {
+    let (pins, maps) = open(&args.show)?;
+    let mut view = status_view(&pins, &maps)?;
+    if view.agent {
+        match admin::ask(&args.admin_socket) {
+            Ok(report) => view.report = Some(report),
+            Err(error) => eprintln!("note: {}", chain(&error)),
+        }
+    }
+    match args.show.output {
         Format::Json => print_json(&view),
         Format::Table => super::print(&status_text(&view)),
     }
@@ -74,6 +84,7 @@ fn status_view(pins: &Pins, maps: &MapFds) -> Result<StatusView> {
             ("flows", used(flows, flow_capacity)),
             ("flows_pending", used(pending, pending_capacity)),
         ]),
+        report: None,
         drops: DropReason::ALL.iter().map(|reason| (reason.name(), drops[*reason as usize])).collect(),
     })
 }
@@ -100,7 +111,17 @@ fn status_text(view: &StatusView) -> String {
         true => lines.push("drops         none".to_owned()),
         false => lines.extend(dropped.iter().map(|(reason, count)| format!("dropped       {count} {reason}"))),
     }
+    lines.extend(view.report.iter().flat_map(report_lines));
     lines.join("\n") + "\n"
+}
+
+fn report_lines(report: &Report) -> Vec<String> {
+    let pending = report.pending_sources.iter().map(|source| format!("waiting       for the first list of {source}"));
+    let refused =
+        report.refused.iter().map(|trouble| format!("refused       {}: {}", trouble.subject, trouble.message));
+    let problems =
+        report.problems.iter().map(|trouble| format!("problem       {}: {}", trouble.subject, trouble.message));
+    pending.chain(refused).chain(problems).collect()
 }
 
 /// One line of `shunt services`.

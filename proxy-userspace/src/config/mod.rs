@@ -36,6 +36,8 @@ pub struct Config {
     pub sizes: Sizes,
     /// Pin directory.
     pub bpffs: PathBuf,
+    /// Admin socket.
+    pub admin_socket: PathBuf,
     /// What is logged.
     pub log: Log,
     /// Touched when the first plan is applied.
@@ -127,6 +129,7 @@ impl Config {
             snat_ports,
             sizes,
             bpffs: flags.bpffs,
+            admin_socket: flags.admin_socket,
             log: Log { level: flags.log_level, format: flags.log_format },
             ready_file: flags.ready_file,
         })

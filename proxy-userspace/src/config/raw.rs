@@ -7,6 +7,9 @@ use clap::{Args, ValueEnum};
 /// Where `--bpffs` is by default.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/shunt";
 
+/// Where `--admin-socket` is by default.
+pub const DEFAULT_ADMIN_SOCKET: &str = "/run/shunt/agent.sock";
+
 /// Flags of `shunt agent`.
 #[derive(Clone, Debug, Args)]
 pub struct AgentFlags {
@@ -89,6 +92,10 @@ pub struct AgentFlags {
     /// Where programs, tables and attachments are pinned; a BPF file system is mounted if there is none
     #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS, help_heading = "Datapath")]
     pub bpffs: PathBuf,
+
+    /// Where `shunt status` asks the agent; for root only
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_ADMIN_SOCKET, help_heading = "Serving")]
+    pub admin_socket: PathBuf,
 
     /// What is logged: error, warn, info, debug, trace, or directives as MODULE=LEVEL, separated by commas
     #[arg(long, value_name = "LEVEL", default_value = "info", help_heading = "Logging")]

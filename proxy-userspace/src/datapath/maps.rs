@@ -127,7 +127,7 @@ fn checked_capacity<K, V>(maps: &MapFds, name: &'static str) -> Result<u32, Kern
 
 /// A hash map, or an array that is not mapped.
 #[derive(Debug)]
-pub(super) struct Table<K, V> {
+pub struct Table<K, V> {
     name: &'static str,
     fd: OwnedFd,
     capacity: u32,
@@ -208,7 +208,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
 const BATCH: usize = 4096;
 
 /// A walk through a hash map in slices, so that the caller may pause between them.
-pub(super) struct Walk<K, V> {
+pub struct Walk<K, V> {
     cursor: sys::Cursor,
     keys: Vec<K>,
     values: Vec<V>,

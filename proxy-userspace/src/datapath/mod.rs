@@ -16,6 +16,7 @@
 //! | [`backlog`] | operations that were refused, and those behind them |
 //! | [`restore`] | what the pinned tables say |
 //! | [`inspect`] | tables and attachments in words |
+//! | [`sweep`] | expired flows are removed |
 //! | [`fake`] | tables for tests |
 //! | [`maps`] | the tables as the reconciler writes them |
 //!
@@ -36,4 +37,5 @@ pub mod object;
 pub mod pins;
 pub mod reconcile;
 pub mod restore;
+pub mod sweep;
 pub mod sys;

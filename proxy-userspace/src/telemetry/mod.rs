@@ -1,4 +1,6 @@
-//! What the agent tells about itself: logs.
+//! What the agent tells about itself: logs here, its status in [`admin`].
+
+pub mod admin;
 
 use std::io::{IsTerminal as _, stderr};
 

@@ -1,0 +1,161 @@
+//! The admin socket: whoever connects gets the agent's status as one JSON object, and the connection ends.
+//!
+//! Only what the tables cannot tell: what was refused, what services do not get, which sources have not listed.
+//! May touch: its socket.
+
+use std::io::{self, Read as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::UnixListener;
+use tokio::sync::watch;
+use tracing::debug;
+
+use crate::datapath::reconcile::Status;
+use crate::planner::Subject;
+
+/// Why there is no admin socket.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be made.
+    #[error("cannot listen on {}", .path.display())]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// It cannot be asked.
+    #[error("cannot ask the agent on {}", .path.display())]
+    Ask {
+        /// Where.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Status as text, for people and programs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Everything that the sources listed is programmed.
+    pub ready: bool,
+    /// Sources whose first list is not complete.
+    pub pending_sources: Vec<String>,
+    /// Changes that a table refused; they are tried again.
+    pub refused: Vec<Trouble>,
+    /// What services ask for and do not get.
+    pub problems: Vec<Trouble>,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// Whose.
+    pub subject: String,
+    /// What.
+    pub message: String,
+}
+
+impl From<&Status> for Report {
+    fn from(status: &Status) -> Self {
+        let refused = status.failures.iter().map(|failure| Trouble {
+            subject: subject_text(&failure.subject),
+            message: format!("{} (tried {} times, {} changes wait)", failure.error, failure.attempts, failure.waiting),
+        });
+        let problems = status.problems.iter().flat_map(|(service, problems)| {
+            problems.iter().map(|problem| Trouble { subject: service.to_string(), message: problem.to_string() })
+        });
+        Self {
+            ready: status.is_ready,
+            pending_sources: status.pending.iter().map(ToString::to_string).collect(),
+            refused: refused.collect(),
+            problems: problems.collect(),
+        }
+    }
+}
+
+fn subject_text(subject: &Subject) -> String {
+    match subject {
+        Subject::Node => "this node".to_owned(),
+        Subject::Service(service) => service.to_string(),
+        Subject::Leftovers => "leftovers".to_owned(),
+    }
+}
+
+/// Listens for ever. A socket that an earlier agent left is replaced: the lock on the pins says that it is dead.
+pub async fn serve(path: PathBuf, status: watch::Receiver<Arc<Status>>) -> Result<(), Error> {
+    let listener = listen(&path).map_err(|source| Error::Listen { path: path.clone(), source })?;
+    loop {
+        let (mut connection, _) =
+            listener.accept().await.map_err(|source| Error::Listen { path: path.clone(), source })?;
+        let report = Report::from(&**status.borrow());
+        let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
+        // One that does not read holds up the others for no longer than that.
+        let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
+        if !matches!(sent, Ok(Ok(()))) {
+            debug!("a client of the admin socket did not read");
+        }
+    }
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Asks a running agent.
+pub fn ask(path: &Path) -> Result<Report, Error> {
+    let failed = |source| Error::Ask { path: path.to_owned(), source };
+    let mut connection = UnixStream::connect(path).map_err(failed)?;
+    connection.set_read_timeout(Some(Duration::from_secs(5))).map_err(failed)?;
+    let mut text = Vec::new();
+    connection.read_to_end(&mut text).map_err(failed)?;
+    serde_json::from_slice(&text).map_err(|error| failed(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::reconcile::Failure;
+    use crate::model::SourceId;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn whoever_asks_gets_the_status_of_now() {
+        let directory = std::env::temp_dir().join(format!("shunt-admin-{}", std::process::id()));
+        let path = directory.join("agent.sock");
+        let (sender, status) = watch::channel(Arc::new(Status::default()));
+        let server = tokio::spawn(serve(path.clone(), status));
+        let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
+        sender.send_replace(Arc::new(Status {
+            is_ready: true,
+            pending: vec![SourceId::Manifests],
+            failures: vec![failure],
+            ..Status::default()
+        }));
+        while !path.exists() {
+            tokio::task::yield_now().await;
+        }
+        let asked = path.clone();
+        let report = tokio::task::spawn_blocking(move || ask(&asked)).await.unwrap().unwrap();
+        assert!(report.ready);
+        assert_eq!(report.pending_sources, ["manifests"]);
+        assert_eq!(report.refused[0].message, "full (tried 2 times, 3 changes wait)");
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        server.abort();
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+}
