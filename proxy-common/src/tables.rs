@@ -48,15 +48,21 @@ pub trait Tables {
     fn count_drop(&self, reason: DropReason);
 }
 
-/// The tables of flows, and what only the kernel can tell about packets.
-pub trait Flows: Tables {
+/// Looking up flows: what a hook can do that changes no table.
+pub trait Lookups: Tables {
     /// An established flow entry.
     fn established(&self, key: &FlowKey) -> Option<FlowRef<'_>>;
+    /// A pending flow entry.
+    fn pending(&self, key: &FlowKey) -> Option<FlowRef<'_>>;
+    /// Interface index of the device the packet is on.
+    fn ifindex(&self) -> u32;
+}
+
+/// Making, promoting and ending flows, and what only the kernel can tell about packets.
+pub trait Flows: Lookups {
     /// Room for one entry that is being made; its content is left over from the last. (The kernel's stack is 512 bytes.)
     #[expect(clippy::mut_from_ref, reason = "one program a CPU uses it, and holds it once")]
     fn draft(&self) -> Option<&mut FlowValue>;
-    /// A pending flow entry.
-    fn pending(&self, key: &FlowKey) -> Option<FlowRef<'_>>;
     /// Stores a pending entry; with `new_only` false is returned if there is one already.
     fn insert_pending(&self, key: &FlowKey, value: &FlowValue, new_only: bool) -> bool;
     /// Copies a pending entry to the established ones; false if there is one already or the table is full.
@@ -80,8 +86,6 @@ pub trait Flows: Tables {
 
     /// The clock.
     fn now(&self) -> Seconds;
-    /// Interface index of the device the packet is on.
-    fn ifindex(&self) -> u32;
     /// The address this node would use as source towards `dst`, asked for a packet from `src`.
     fn source_towards(&self, src: &Addr, dst: &Addr) -> Option<Addr>;
     /// Where `dst` is, seen from the bridge that this packet's device is a port of.

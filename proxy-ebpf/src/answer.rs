@@ -3,6 +3,7 @@
 //! Rate-limited, and never in answer to a reset, an ICMP error, a fragment, or a packet without a single sender
 //! (RFC 1122 section 3.2.2, RFC 4443 section 2.4 e).
 
+use crate::frame::Frame;
 use crate::hooks::Link;
 use crate::maps;
 use crate::packet::SkBuff;
@@ -10,6 +11,7 @@ use crate::tables;
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::{
     bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_store_bytes,
+    bpf_xdp_adjust_tail,
 };
 use proxy_common::addr::{Addr, Proto};
 use proxy_common::lb::rewrite::{Edit, End};
@@ -116,23 +118,7 @@ fn reset(mut skb: SkBuff, link: Link, parsed: &Parsed) -> Option<()> {
     let v6 = !parsed.tuple.src.is_v4();
     let old = skb.load::<header::Tcp>(l4)?;
     let partial = is_partial(skb, l4 + 16)?;
-    let mut answer = header::Tcp {
-        source: old.destination,
-        destination: old.source,
-        sequence: 0,
-        acknowledgment: 0,
-        offset: (TCP as u8 / 4) << 4,
-        flags: tcp::RST,
-        window: 0,
-        checksum: 0,
-        urgent: 0,
-    };
-    if old.flags & tcp::ACK != 0 {
-        answer.sequence = old.acknowledgment;
-    } else {
-        answer.flags |= tcp::ACK;
-        answer.acknowledgment = u32::from_be(old.sequence).wrapping_add(sequence_length(skb, parsed, &old)).to_be();
-    }
+    let mut answer = reset_to(&old, parsed, skb.len());
     let pseudo = pseudo_sum(&parsed.tuple.src, &parsed.tuple.dst, Proto::TCP.0, TCP);
     answer.checksum = if partial { fold(pseudo) } else { !fold(pseudo + tcp_sum(&answer)) };
     // SAFETY: the context of the running program.
@@ -158,14 +144,78 @@ fn reset(mut skb: SkBuff, link: Link, parsed: &Parsed) -> Option<()> {
     turn_frame(skb, link)
 }
 
+/// The reset that answers a segment in a packet of `length` bytes, without its checksum.
+#[inline(always)]
+fn reset_to(segment: &header::Tcp, parsed: &Parsed, length: u32) -> header::Tcp {
+    let mut answer = header::Tcp {
+        source: segment.destination,
+        destination: segment.source,
+        sequence: 0,
+        acknowledgment: 0,
+        offset: (TCP as u8 / 4) << 4,
+        flags: tcp::RST,
+        window: 0,
+        checksum: 0,
+        urgent: 0,
+    };
+    if segment.flags & tcp::ACK != 0 {
+        answer.sequence = segment.acknowledgment;
+    } else {
+        answer.flags |= tcp::ACK;
+        let end = u32::from_be(segment.sequence).wrapping_add(sequence_length(segment, parsed, length));
+        answer.acknowledgment = end.to_be();
+    }
+    answer
+}
+
 /// Sequence numbers that a segment takes: data, SYN and FIN.
 #[inline(always)]
-fn sequence_length(skb: SkBuff, parsed: &Parsed, segment: &header::Tcp) -> u32 {
+fn sequence_length(segment: &header::Tcp, parsed: &Parsed, length: u32) -> u32 {
     let header = (segment.offset >> 4) as u32 * 4;
-    let data = skb.len().saturating_sub(parsed.l4 as u32 + header);
+    let data = length.saturating_sub(parsed.l4 as u32 + header);
     let control = segment.flags & tcp::SYN != 0;
     let end = segment.flags & tcp::FIN != 0;
     data + control as u32 + end as u32
+}
+
+/// Turns the TCP segment of an XDP program into the reset that answers it; true if it may be sent.
+#[inline(always)]
+pub fn reset_frame(frame: Frame, parsed: &Parsed) -> bool {
+    parsed.tcp_flags & tcp::RST == 0
+        && !parsed.outer_src.is_multicast_or_broadcast()
+        && is_within_rate()
+        && build_reset_frame(frame, parsed).is_some()
+}
+
+#[inline(always)]
+fn build_reset_frame(mut frame: Frame, parsed: &Parsed) -> Option<()> {
+    let (l3, l4) = (parsed.l3 as usize, parsed.l4 as usize);
+    let mut answer = reset_to(&frame.load::<header::Tcp>(l4)?, parsed, frame.len());
+    let pseudo = pseudo_sum(&parsed.tuple.src, &parsed.tuple.dst, Proto::TCP.0, TCP);
+    answer.checksum = !fold(pseudo + tcp_sum(&answer));
+    let surplus = (l4 + TCP) as i32 - frame.len() as i32;
+    // SAFETY: the context of the running program.
+    done(unsafe { bpf_xdp_adjust_tail(frame.0, surplus) } == 0)?;
+    done(frame.put(l4, answer))?;
+    if parsed.tuple.src.is_v4() {
+        let mut ip = frame.load::<header::Ipv4>(l3)?;
+        let length = ((l4 + TCP - l3) as u16).to_be();
+        let ttl = |ttl: u8| u16::from_ne_bytes([ttl, ip.protocol]);
+        ip.checksum = Diff::NONE.half(ip.length, length).half(ttl(ip.ttl), ttl(HOP_LIMIT)).apply(ip.checksum);
+        core::mem::swap(&mut ip.source, &mut ip.destination);
+        ip.length = length;
+        ip.ttl = HOP_LIMIT;
+        done(frame.put(l3, ip))?;
+    } else {
+        let mut ip = frame.load::<header::Ipv6>(l3)?;
+        core::mem::swap(&mut ip.source, &mut ip.destination);
+        ip.length = ((l4 + TCP - l3 - IPV6) as u16).to_be();
+        ip.hop_limit = HOP_LIMIT;
+        done(frame.put(l3, ip))?;
+    }
+    let mut ethernet = frame.load::<header::Ethernet>(0)?;
+    core::mem::swap(&mut ethernet.destination, &mut ethernet.source);
+    done(frame.put(0, ethernet))
 }
 
 #[inline(always)]

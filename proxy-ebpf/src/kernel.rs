@@ -13,7 +13,7 @@ use proxy_common::abi::fragment::{FragmentKey, FragmentValue};
 use proxy_common::addr::{Addr, Proto};
 use proxy_common::lb::flow::Seconds;
 use proxy_common::lb::tuple::Tuple;
-use proxy_common::tables::{Flows, Neighbour, Tracked};
+use proxy_common::tables::{Flows, Lookups, Neighbour, Tracked};
 
 /// The context of a TC program.
 #[derive(Clone, Copy)]
@@ -137,21 +137,28 @@ fn track_release(connection: u64) {
     }
 }
 
-impl Flows for Env<Device> {
+impl Lookups for Env<Device> {
     #[inline(always)]
     fn established(&self, key: &FlowKey) -> Option<FlowRef<'_>> {
         tables::established(key)
     }
 
     #[inline(always)]
-    fn draft(&self) -> Option<&mut FlowValue> {
-        // SAFETY: the map's element for this CPU; packet programs run with bottom halves off, one at a time.
-        maps::drafts.get_ptr_mut(0).map(|draft| unsafe { &mut *draft })
+    fn pending(&self, key: &FlowKey) -> Option<FlowRef<'_>> {
+        tables::pending(key)
     }
 
     #[inline(always)]
-    fn pending(&self, key: &FlowKey) -> Option<FlowRef<'_>> {
-        tables::pending(key)
+    fn ifindex(&self) -> u32 {
+        self.ctx.skb.ifindex()
+    }
+}
+
+impl Flows for Env<Device> {
+    #[inline(always)]
+    fn draft(&self) -> Option<&mut FlowValue> {
+        // SAFETY: the map's element for this CPU; packet programs run with bottom halves off, one at a time.
+        maps::drafts.get_ptr_mut(0).map(|draft| unsafe { &mut *draft })
     }
 
     #[inline(always)]
@@ -194,11 +201,6 @@ impl Flows for Env<Device> {
     #[inline(always)]
     fn now(&self) -> Seconds {
         tables::now()
-    }
-
-    #[inline(always)]
-    fn ifindex(&self) -> u32 {
-        self.ctx.skb.ifindex()
     }
 
     #[inline(always)]

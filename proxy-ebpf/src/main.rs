@@ -5,7 +5,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`maps`] | every map, with its size and the reason for it |
-//! | [`packet`] | the packet of a TC program: the only raw packet pointers of the project |
+//! | [`packet`], [`frame`] | the packet of a TC and of an XDP program: the only raw packet pointers of the project |
 //! | [`tables`] | `proxy-common`'s look-ups over the maps |
 //! | [`kernel`] | what only the kernel can tell: routes, neighbours, sockets, connection tracking |
 //! | [`answer`] | resets and unreachables |
@@ -16,6 +16,7 @@
 
 mod answer;
 mod counter;
+mod frame;
 mod hooks;
 mod kernel;
 mod maps;

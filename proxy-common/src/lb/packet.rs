@@ -20,7 +20,7 @@ use crate::lb::flow::{self, Hot, Proof};
 use crate::lb::pick::{self, Client, Frontend, Pick};
 use crate::lb::select;
 use crate::lb::tuple::Tuple;
-use crate::tables::{Event, Flows, Neighbour, Tracked};
+use crate::tables::{Event, Flows, Lookups, Neighbour, Tables, Tracked};
 use crate::verdict::{DropReason, Refusal};
 use crate::wire::header::tcp;
 use crate::wire::{Kind, Parsed};
@@ -69,7 +69,7 @@ enum Hook {
 ///
 /// The kernel half runs the two as separate programs, so that the many packets do not carry the weight of the few.
 #[inline(always)]
-pub fn ingress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
+pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> {
     let tuple = &packet.tuple;
     if tuple.dst.is_multicast_or_broadcast() {
         return Some(PASS);
@@ -84,14 +84,14 @@ pub fn ingress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
     let ports = uses_of(flows, class, packet);
     if class.has(AddressClass::NODE)
         && ports.has(PortUse::SNAT)
-        && let Some(flow) = flows.established(&tuple.snat_key())
+        && let Some(flow) = find(flows, &tuple.snat_key())
     {
         return Some(Verdict::Rewrite(to_peer(flow)));
     }
     let is_tcp = tuple.proto == Proto::TCP;
     if !is_dialled(class, ports) {
         if !class.has(AddressClass::BACKEND) {
-            return if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) { None } else { Some(PASS) };
+            return Some(PASS);
         }
         let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN || !is_tcp;
         return if opens && clashes(flows, tuple) { None } else { Some(PASS) };
@@ -113,9 +113,34 @@ pub fn ingress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
     Some(Verdict::Rewrite(rewrite))
 }
 
+/// The refusal of a TCP segment that would open a connection nobody can serve; `None` for everything else. What
+/// [`ingress`] says too, for hooks that come before it.
+#[inline(always)]
+pub fn refusal<F: Lookups>(flows: &F, packet: &Parsed) -> Option<(DropReason, Refusal)> {
+    let tuple = &packet.tuple;
+    let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN;
+    let class = flows.address(&tuple.dst);
+    let ports = uses_of(flows, class, packet);
+    if !opens || packet.kind != Kind::Transport || packet.first_fragment || !is_dialled(class, ports) {
+        return None;
+    }
+    if find(flows, &tuple.front_key()).is_some() {
+        return None;
+    }
+    match pick::find_frontend(flows, class, ports, &tuple.dst, tuple.dport, tuple.proto) {
+        Some(frontend) => {
+            let refused = pick::set_for(flows, frontend.value, is_inside(flows, tuple)).err()?;
+            flows.count(frontend.value.service, Event::NoBackend);
+            Some(refused)
+        }
+        None if class.has(AddressClass::CLUSTER_IP) => Some((DropReason::UnknownPort, Refusal::Reject)),
+        None => None,
+    }
+}
+
 /// What the destination port is used for, if the destination is this node; any use for other addresses.
 #[inline(always)]
-fn uses_of<F: Flows>(flows: &F, class: AddressClass, packet: &Parsed) -> PortUse {
+fn uses_of<T: Tables>(flows: &T, class: AddressClass, packet: &Parsed) -> PortUse {
     if class.has(AddressClass::NODE) && packet.kind != Kind::LaterFragment {
         flows.port_use(packet.tuple.dport.host())
     } else {
@@ -188,7 +213,7 @@ pub fn ingress_flow<F: Flows>(flows: &F, packet: &mut Parsed) -> Step {
 
 /// An address that we know nothing of: dropped if it belongs to the services' range, else not ours.
 #[inline(always)]
-fn unknown_address<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
+fn unknown_address<T: Tables>(flows: &T, packet: &Parsed) -> Verdict {
     match flows.config() {
         Some(config) if config.is_service_address(&packet.tuple.dst) => {
             Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop)
@@ -232,7 +257,7 @@ fn fragment_ports<F: Flows>(flows: &F, packet: &mut Parsed, hook: Hook) -> bool 
 }
 
 #[inline(always)]
-fn find<'a, F: Flows>(flows: &'a F, key: &FlowKey) -> Option<FlowRef<'a>> {
+fn find<'a, F: Lookups>(flows: &'a F, key: &FlowKey) -> Option<FlowRef<'a>> {
     match flows.established(key) {
         Some(flow) => Some(flow),
         None => flows.pending(key),
@@ -346,7 +371,7 @@ fn remove_front<F: Flows>(flows: &F, packet: &Parsed) {
 
 /// True if the id still names the backend of a flow.
 #[inline(always)]
-fn is_same_backend<F: Flows>(flows: &F, id: u32, rewrite: &Rewrite) -> bool {
+fn is_same_backend<T: Tables>(flows: &T, id: u32, rewrite: &Rewrite) -> bool {
     match flows.backend(id) {
         Some(backend) => backend.is_live() && backend.addr == rewrite.addr && backend.port == rewrite.port,
         None => false,
@@ -481,6 +506,9 @@ pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result
     let Some(frontend) = found else {
         return if class.has(AddressClass::CLUSTER_IP) {
             Err(no_frontend(flows, packet, opens))
+        } else if flows.config().is_some_and(|config| config.is_service_address(&tuple.dst)) {
+            // A ClusterIP that was removed, and is looked up for the flows that it still has.
+            Err(Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop))
         } else if class.has(AddressClass::BACKEND) && opens {
             direct(flows, packet)
         } else {
@@ -519,7 +547,7 @@ fn no_frontend<F: Flows>(flows: &F, packet: &Parsed, opens: bool) -> Verdict {
 
 /// True if the client is this node itself, or has an address of the cluster.
 #[inline(never)]
-fn is_inside<F: Flows>(flows: &F, tuple: &Tuple) -> bool {
+fn is_inside<T: Tables>(flows: &T, tuple: &Tuple) -> bool {
     flows.config().is_some_and(|config| config.is_cluster_address(&tuple.src))
         || flows.address(&tuple.src).has(AddressClass::NODE)
 }
@@ -584,7 +612,7 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
 /// True if a translated flow from the same device has this very tuple. (The other way round it would be a reply; met again
 /// at another device, the translated packet itself.)
 #[inline(always)]
-fn clashes<F: Flows>(flows: &F, tuple: &Tuple) -> bool {
+fn clashes<F: Lookups>(flows: &F, tuple: &Tuple) -> bool {
     let (key, src_first) = tuple.plain_key();
     let Some(plain) = find(flows, &key) else { return false };
     plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first

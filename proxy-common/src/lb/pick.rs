@@ -87,11 +87,7 @@ pub fn pick<T: Tables>(
     now: Seconds,
 ) -> Result<Pick, (DropReason, Refusal)> {
     let service = frontend.service;
-    let local = frontend.has(if client.inside { FrontendValue::INSIDE_LOCAL } else { FrontendValue::OUTSIDE_LOCAL });
-    let Some(range) = tables.range(service, local) else { return Err(nobody(Range::REJECT)) };
-    if range.count == 0 {
-        return Err(nobody(range));
-    }
+    let range = set_for(tables, frontend, client.inside)?;
     let timeout = tables.affinity_timeout(service);
     if timeout != 0
         && let Some(pick) = remembered(tables, range, client, timeout, now)
@@ -105,6 +101,17 @@ pub fn pick<T: Tables>(
             _ => Err((DropReason::NoEndpoint, Refusal::Drop)),
         },
         _ => Err((DropReason::NoEndpoint, Refusal::Drop)),
+    }
+}
+
+/// The set that a client gets by its scope, or why there is nobody in it.
+#[inline(always)]
+pub fn set_for<T: Tables>(tables: &T, frontend: FrontendValue, inside: bool) -> Result<Range, (DropReason, Refusal)> {
+    let local = frontend.has(if inside { FrontendValue::INSIDE_LOCAL } else { FrontendValue::OUTSIDE_LOCAL });
+    match tables.range(frontend.service, local) {
+        Some(range) if range.count != 0 => Ok(range),
+        Some(range) => Err(nobody(range)),
+        None => Err(nobody(Range::REJECT)),
     }
 }
 

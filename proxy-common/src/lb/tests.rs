@@ -1,6 +1,6 @@
 //! Properties of the packet path on whole packets: what a client sends, what its backend sees, what comes back.
 
-use super::packet::{Verdict, egress, egress_known, ingress, ingress_known};
+use super::packet::{Verdict, egress, egress_known, ingress, ingress_known, refusal};
 use super::rewrite::{End, Slice, apply};
 use super::tuple::Tuple;
 use super::world::{World, addr, tuple};
@@ -135,7 +135,14 @@ fn through(
 fn enters(world: &World, bytes: Vec<u8>) -> Result<Vec<u8>, (DropReason, Refusal)> {
     through(world, bytes, End::Destination, |world, parsed| {
         let known = ingress_known(world, parsed);
+        let refused = refusal(world, parsed);
         let verdict = ingress(world, parsed);
+        if let Some((reason, how)) = refused {
+            assert_eq!(verdict, Verdict::Refuse(reason, how), "a hook before refuses what this one takes: {parsed:?}");
+        } else if parsed.tcp_flags == tcp::SYN {
+            let unseen = matches!(verdict, Verdict::Refuse(DropReason::NoLocalEndpoint | DropReason::UnknownPort, _));
+            assert!(!unseen, "a hook before could have refused: {verdict:?} for {parsed:?}");
+        }
         assert!(known.is_none() || known == Some(verdict), "{known:?} but {verdict:?} for {parsed:?}");
         verdict
     })
@@ -523,7 +530,7 @@ fn the_state_of_a_connection_follows_what_both_sides_send() {
     let world = with_service(Proto::TCP);
     let connection = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
     let (key, _) = connection.plain.plain_key();
-    let hot = || Hot::unpack(crate::tables::Flows::established(&world, &key).expect("established").hot());
+    let hot = || Hot::unpack(crate::tables::Lookups::established(&world, &key).expect("established").hot());
     world.now.set(Seconds(2000));
     reply(&world, &connection, tcp::ACK, 501);
     assert_eq!(hot().seen, Seconds(2000));

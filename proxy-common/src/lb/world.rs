@@ -13,7 +13,7 @@ use crate::abi::service::{Range, Slot};
 use crate::addr::{Addr, Be16, Port, Proto};
 use crate::lb::flow::Seconds;
 use crate::lb::tuple::Tuple;
-use crate::tables::{Event, Flows, Neighbour, Tables, Tracked};
+use crate::tables::{Event, Flows, Lookups, Neighbour, Tables, Tracked};
 use crate::verdict::DropReason;
 use core::cell::{Cell, RefCell};
 use core::net::IpAddr;
@@ -234,15 +234,21 @@ impl Tables for World {
     }
 }
 
-impl Flows for World {
+impl Lookups for World {
     fn established(&self, key: &FlowKey) -> Option<FlowRef<'_>> {
         self.established.borrow().get(key).map(|&entry| reference(entry))
     }
-    fn draft(&self) -> Option<&mut FlowValue> {
-        Some(Box::leak(Box::new(FlowValue::ZERO)))
-    }
     fn pending(&self, key: &FlowKey) -> Option<FlowRef<'_>> {
         self.pending.borrow().get(key).map(|&entry| reference(entry))
+    }
+    fn ifindex(&self) -> u32 {
+        self.ifindex.get()
+    }
+}
+
+impl Flows for World {
+    fn draft(&self) -> Option<&mut FlowValue> {
+        Some(Box::leak(Box::new(FlowValue::ZERO)))
     }
     fn insert_pending(&self, key: &FlowKey, value: &FlowValue, new_only: bool) -> bool {
         let mut pending = self.pending.borrow_mut();
@@ -277,9 +283,6 @@ impl Flows for World {
     }
     fn now(&self) -> Seconds {
         self.now.get()
-    }
-    fn ifindex(&self) -> u32 {
-        self.ifindex.get()
     }
     fn source_towards(&self, _src: &Addr, dst: &Addr) -> Option<Addr> {
         self.source.or(Some(addr(if dst.is_v4() { "192.0.2.1" } else { "2001:db8::1" })))

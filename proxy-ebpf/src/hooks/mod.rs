@@ -2,5 +2,6 @@
 
 mod socket;
 mod tc;
+mod xdp;
 
 pub use tc::Link;
