@@ -148,10 +148,8 @@ fn connect(call: &Call) -> i32 {
     let env = Env { ctx: () };
     match socket::dial(&env, &call.dial(proto), true) {
         Verdict::Leave => {
-            // A UDP socket may be connected anew, to somewhere else.
-            if proto == Proto::UDP {
-                forget(&maps::sockets, call);
-            }
+            // The socket may have dialled a frontend before: a UDP socket is connected anew, a TCP connect failed.
+            forget(&maps::sockets, call);
             ALLOW
         }
         Verdict::Translate(entry) => {
