@@ -11,6 +11,7 @@
 //! | [`traffic`] | the same from a test's side: start, wait, read statistics |
 //! | [`manifests`] | Services, EndpointSlices and Nodes as files |
 //! | [`agent`] | the agent under test |
+//! | [`tables`] | what its tables say, as it shows them |
 //! | [`control_plane`] | a real Kubernetes control plane, and kubelets that are not real |
 //! | [`wait`] | polling for a condition |
 //!
@@ -28,6 +29,7 @@ pub mod packet;
 pub mod place;
 pub mod probe;
 pub mod process;
+pub mod tables;
 pub mod topology;
 pub mod traffic;
 pub mod wait;

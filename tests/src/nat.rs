@@ -42,8 +42,10 @@ pub struct Facts {
     pub pods: Vec<Prefix>,
     /// ServiceCIDRs.
     pub services: Vec<Prefix>,
-    /// Addresses of this node; NodePorts answer on all of them. The first of each family is the source towards others.
+    /// Addresses of this node; NodePorts answer on all of them.
     pub node: Vec<IpAddr>,
+    /// The kernel's source address towards a prefix; the first that fits counts.
+    pub sources: Vec<(Prefix, IpAddr)>,
     /// `--snat-ports`.
     pub snat_ports: RangeInclusive<u16>,
     /// `net.ipv4.ip_local_port_range`.
@@ -81,8 +83,13 @@ pub struct Frontend {
 pub enum At {
     /// At one address.
     Addr(SocketAddr),
-    /// At every address of the node.
-    NodePort(u16),
+    /// At every address of the node of one family.
+    NodePort {
+        /// Of IPv4, else of IPv6.
+        is_v4: bool,
+        /// The port.
+        port: u16,
+    },
 }
 
 /// Endpoints that may be picked, or what happens instead.
@@ -130,6 +137,21 @@ struct Connection {
     /// The client as the backend sees it, once a packet has left, if that is this node.
     nat: Option<SocketAddr>,
     wants_nat: bool,
+    end: End,
+}
+
+/// What a TCP connection has seen of its end.
+#[derive(Clone, Copy, Debug, Default)]
+struct End {
+    fin_by_client: bool,
+    fin_by_backend: bool,
+    is_reset: bool,
+}
+
+impl End {
+    fn is_over(self) -> bool {
+        self.is_reset || self.fin_by_client && self.fin_by_backend
+    }
 }
 
 impl Connection {
@@ -196,6 +218,8 @@ impl Nat {
         match &packet.body {
             Body::Tcp(_) | Body::Udp(_) => self.transport(hook, packet, got),
             Body::Error(error) => self.error(hook, packet, error),
+            // Services have TCP and UDP ports alone.
+            Body::Icmp(_) | Body::Other(..) if self.is_cluster_ip(packet.ip.dst) => Expected::Reject,
             Body::Icmp(_) | Body::Other(..) => Expected::Same,
         }
     }
@@ -229,7 +253,11 @@ impl Nat {
         if let Some(connection) = self.find(|connection| connection.is_reply_to_nat(proto, src, dst)) {
             return changed(packet.clone().with_dst(connection.seen_client));
         }
-        if let Some(connection) = self.find(|connection| connection.is_to_frontend(proto, src, dst)) {
+        self.connections.retain(|connection| {
+            let is_new = opens(packet) && connection.is_to_frontend(proto, src, dst);
+            !(is_new && connection.end.is_over())
+        });
+        if let Some(connection) = self.note_end(packet, true, |connection| connection.is_to_frontend(proto, src, dst)) {
             return changed(packet.clone().with_src(connection.seen_client).with_dst(connection.backend.addr));
         }
         if self.find(|connection| connection.is_plain_forward(proto, src, dst)).is_some() {
@@ -252,9 +280,9 @@ impl Nat {
     ) -> Expected {
         let (src, dst) = (packet.src(), packet.dst());
         if let Body::Tcp(tcp) = &packet.body
-            && tcp.flags & (flag::SYN | flag::ACK) != flag::SYN
+            && !opens(packet)
         {
-            // Not the beginning of a connection: only at a ClusterIP it can be nobody else's.
+            // Only at a ClusterIP it can be nobody else's.
             let is_reset = tcp.flags & flag::RST != 0;
             return match frontend.is_cluster_ip {
                 true if is_reset => Expected::Drop,
@@ -283,6 +311,7 @@ impl Nat {
             seen_client,
             nat: None,
             wants_nat,
+            end: End::default(),
         };
         self.connections.push(connection);
         changed(packet.clone().with_src(seen_client).with_dst(backend.addr))
@@ -314,7 +343,8 @@ impl Nat {
     #[track_caller]
     fn egress(&mut self, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
         let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
-        if let Some(connection) = self.find(|connection| connection.is_plain_reply(proto, src, dst)) {
+        if let Some(connection) = self.note_end(packet, false, |connection| connection.is_plain_reply(proto, src, dst))
+        {
             return changed(packet.clone().with_src(connection.frontend).with_dst(connection.client));
         }
         let position = self.connections.iter().position(|connection| connection.is_plain_forward(proto, src, dst));
@@ -343,9 +373,9 @@ impl Nat {
     /// The source that a backend sees: this node, with the client's port where that may be kept, else one of our own.
     #[track_caller]
     fn check_nat(&self, connection: &Connection, nat: SocketAddr) {
-        let own = self.facts.node.iter().find(|addr| addr.is_ipv4() == nat.is_ipv4());
-        assert_eq!(Some(&nat.ip()), own, "the source is not this node's");
         let (proto, backend) = (connection.proto, connection.backend.addr);
+        let source = self.facts.sources.iter().find(|(prefix, _)| prefix.contains(backend.ip()));
+        assert_eq!(Some(nat.ip()), source.map(|(_, source)| *source), "the source towards {backend}");
         let is_taken = |nat: SocketAddr| self.find(|other| other.is_reply_to_nat(proto, backend, nat)).is_some();
         assert!(!is_taken(nat), "{backend} to {nat} is another connection's");
         let wish = SocketAddr::new(nat.ip(), connection.seen_client.port());
@@ -403,6 +433,23 @@ impl Nat {
         }
     }
 
+    /// The packet's connection, which now knows of its end what the packet says.
+    fn note_end(
+        &mut self,
+        packet: &Packet,
+        is_by_client: bool,
+        is_it: impl Fn(&Connection) -> bool,
+    ) -> Option<Connection> {
+        let connection = self.connections.iter_mut().find(|connection| is_it(connection))?;
+        if let Body::Tcp(tcp) = &packet.body {
+            let (end, is_fin) = (&mut connection.end, tcp.flags & flag::FIN != 0);
+            end.is_reset |= tcp.flags & flag::RST != 0;
+            end.fin_by_client |= is_fin && is_by_client;
+            end.fin_by_backend |= is_fin && !is_by_client;
+        }
+        Some(*connection)
+    }
+
     fn find(&self, is_it: impl Fn(&Connection) -> bool) -> Option<Connection> {
         self.connections.iter().copied().find(|connection| is_it(connection))
     }
@@ -414,7 +461,10 @@ impl Nat {
     /// The frontend at `dst`: of this very address first, then the NodePort.
     fn frontend(&self, proto: u8, dst: SocketAddr) -> Option<(Service, Frontend)> {
         let at = |at: At| self.frontends().find(|(service, frontend)| service.proto == proto && frontend.at == at);
-        let node_port = || if self.facts.node.contains(&dst.ip()) { at(At::NodePort(dst.port())) } else { None };
+        let node_port = || {
+            let is_node = self.facts.node.contains(&dst.ip());
+            if is_node { at(At::NodePort { is_v4: dst.is_ipv4(), port: dst.port() }) } else { None }
+        };
         at(At::Addr(dst)).or_else(node_port).map(|(service, frontend)| (service.clone(), frontend))
     }
 
@@ -439,6 +489,11 @@ impl Nat {
     }
 }
 
+/// True for the segment that begins a connection.
+fn opens(packet: &Packet) -> bool {
+    matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & (flag::SYN | flag::ACK) == flag::SYN)
+}
+
 fn changed(packet: Packet) -> Expected {
     Expected::Packet(Box::new(packet))
 }
@@ -461,6 +516,17 @@ fn with_outer_src(packet: &Packet, old: IpAddr, new: IpAddr) -> Packet {
 
 fn is_redirect(packet: &Packet, error: &Error) -> bool {
     error.kind == if packet.is_v4() { error::V4_REDIRECT } else { error::V6_REDIRECT }
+}
+
+/// The packet as quoted by who does not know its checksum yet: left to the device, it is known to nobody.
+fn without_udp_checksum(packet: &Packet) -> Vec<u8> {
+    let mut bytes = packet.ip_bytes();
+    if let (Body::Udp(_), Some(checksum)) =
+        (&packet.body, bytes.get_mut(packet.header_bytes() + 6..packet.header_bytes() + 8))
+    {
+        checksum.fill(0);
+    }
+    bytes
 }
 
 /// What is wrong with `answer` as the refusal of `packet`, or nothing.
@@ -496,7 +562,8 @@ pub fn check_answer(packet: &Packet, answer: &[u8]) -> Result<(), String> {
             is("length", answer.len() <= 14 + most)?;
             let quoted = packet.ip_bytes();
             let least = quoted.len().min(packet.header_bytes() + 8);
-            is("quoted bytes", icmp.data.len() >= least && quoted.starts_with(&icmp.data))
+            is("length of the quote", icmp.data.len() >= least)?;
+            is("quoted bytes", quoted.starts_with(&icmp.data) || without_udp_checksum(packet).starts_with(&icmp.data))
         }
         _ => Err("no ICMP error".into()),
     }

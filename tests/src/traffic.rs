@@ -66,6 +66,16 @@ impl Place {
         done(self, &Job::TcpOnce(once), |report| if let Report::Tcp(outcome) = report { Some(outcome) } else { None })
     }
 
+    /// One TCP connection from here, by a connect call that waits.
+    #[track_caller]
+    pub fn tcp_blocking(&self, once: TcpOnce) -> Result<Answer, Failure> {
+        done(
+            self,
+            &Job::TcpBlocking(once),
+            |report| if let Report::Tcp(outcome) = report { Some(outcome) } else { None },
+        )
+    }
+
     /// One datagram from an unconnected socket here, and its answer.
     #[track_caller]
     pub fn udp(&self, to: SocketAddr) -> Result<Answer, Failure> {

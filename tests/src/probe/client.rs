@@ -1,6 +1,6 @@
 //! TCP clients: one conversation, loops of new connections, connections that stay.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -13,7 +13,15 @@ use super::{Answer, Failure, LongLived, TIMEOUT, TcpLoop, TcpOnce};
 
 /// One connection: who answers, and every address of it.
 pub fn tcp_once(once: &TcpOnce) -> Result<Answer, Failure> {
-    let mut connection = Connection::dial(once)?;
+    converse(Connection::dial(once)?, once)
+}
+
+/// The same by a connect call that waits.
+pub fn tcp_blocking(once: &TcpOnce) -> Result<Answer, Failure> {
+    converse(Connection::dial_blocking(once)?, once)
+}
+
+fn converse(mut connection: Connection, once: &TcpOnce) -> Result<Answer, Failure> {
     let identity = connection.who()?;
     let failed = Failure::at(Stage::Socket, once.to);
     let stream = connection.stream();
@@ -34,9 +42,21 @@ pub(super) struct Connection {
 }
 
 impl Connection {
+    /// Connects without blocking and polls.
     pub fn dial(once: &TcpOnce) -> Result<Self, Failure> {
-        let to = once.to;
-        let stream = connect(once)?;
+        let connect = |socket: &Socket, to: &SockAddr| socket.connect_timeout(to, TIMEOUT);
+        Self::over(open(once, connect)?, once.to)
+    }
+
+    fn dial_blocking(once: &TcpOnce) -> Result<Self, Failure> {
+        let connect = |socket: &Socket, to: &SockAddr| {
+            socket.set_write_timeout(Some(TIMEOUT))?;
+            socket.connect(to)
+        };
+        Self::over(open(once, connect)?, once.to)
+    }
+
+    fn over(stream: TcpStream, to: SocketAddr) -> Result<Self, Failure> {
         let failed = Failure::at(Stage::Socket, to);
         stream.set_nodelay(true).map_err(&failed)?;
         stream.set_read_timeout(Some(TIMEOUT)).map_err(&failed)?;
@@ -74,7 +94,7 @@ impl Connection {
     }
 }
 
-fn connect(once: &TcpOnce) -> Result<TcpStream, Failure> {
+fn open(once: &TcpOnce, connect: impl FnOnce(&Socket, &SockAddr) -> io::Result<()>) -> Result<TcpStream, Failure> {
     let to = if once.mapped { mapped(once.to) } else { once.to };
     let failed = Failure::at(Stage::Socket, once.to);
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP)).map_err(&failed)?;
@@ -82,7 +102,7 @@ fn connect(once: &TcpOnce) -> Result<TcpStream, Failure> {
         socket.set_reuse_address(true).map_err(&failed)?;
         socket.bind(&SockAddr::from(if once.mapped { mapped(bind) } else { bind })).map_err(&failed)?;
     }
-    socket.connect_timeout(&SockAddr::from(to), TIMEOUT).map_err(Failure::at(Stage::Connect, once.to))?;
+    connect(&socket, &SockAddr::from(to)).map_err(Failure::at(Stage::Connect, once.to))?;
     Ok(socket.into())
 }
 

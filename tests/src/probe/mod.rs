@@ -3,7 +3,7 @@
 //! | job | does |
 //! |---|---|
 //! | [`Job::Serve`] | TCP and UDP servers that say who they are and whom they saw |
-//! | [`Job::TcpOnce`], [`Job::UdpOnce`] | one conversation, every address of it reported |
+//! | [`Job::TcpOnce`], [`Job::TcpBlocking`], [`Job::UdpOnce`] | one conversation, every address of it reported |
 //! | [`Job::TcpLoop`], [`Job::UdpLoop`] | new connections at a rate |
 //! | [`Job::LongLived`] | connections that stay, each answer checked against its number |
 //! | [`Job::Bulk`] | many bytes one way, each of them checked |
@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use client::tcp_once;
+pub use client::{tcp_blocking, tcp_once};
 pub use protocol::{Failure, Stage};
 pub use udp::udp_once;
 
@@ -39,6 +39,8 @@ pub enum Job {
     Serve(Serve),
     /// See [`TcpOnce`].
     TcpOnce(TcpOnce),
+    /// See [`TcpOnce`]; the connect call waits. All others connect without blocking, and poll.
+    TcpBlocking(TcpOnce),
     /// See [`UdpOnce`].
     UdpOnce(UdpOnce),
     /// See [`TcpLoop`].
@@ -256,6 +258,7 @@ pub fn run(job: Job) {
     match job {
         Job::Serve(serve) => server::run(&serve),
         Job::TcpOnce(once) => load::print(&Report::Tcp(client::tcp_once(&once))),
+        Job::TcpBlocking(once) => load::print(&Report::Tcp(client::tcp_blocking(&once))),
         Job::UdpOnce(once) => load::print(&Report::Udp(udp::udp_once(&once))),
         Job::TcpLoop(tcp) => load::run(client::TcpAttempts::new(&tcp)),
         Job::UdpLoop(udp) => load::run(udp::UdpAttempts::new(&udp)),

@@ -1,0 +1,119 @@
+//! The programs in the kernel, and one packet through one of them.
+
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+
+use aya::programs::SchedClassifier;
+use aya::{TestRun as _, TestRunOptions};
+use proxy_common::verdict::DropReason;
+use proxy_userspace::datapath::kernel::{self, Continuations, MapFds, Sizes};
+use proxy_userspace::datapath::object::OBJECT;
+use proxy_userspace::datapath::pins::Pins;
+use proxy_userspace::datapath::sys;
+use shunt_tests::bed::Bed;
+use shunt_tests::nat::Hook;
+use shunt_tests::netns::Netns;
+
+/// `struct __sk_buff` (uapi/linux/bpf.h), as far as a test run takes it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Context([u8; 192]);
+
+impl Context {
+    const IFINDEX: usize = 40;
+
+    fn on_device(ifindex: u32) -> Self {
+        let mut bytes = [0; 192];
+        bytes[Self::IFINDEX..Self::IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+        Self(bytes)
+    }
+}
+
+/// What a program did with a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It goes on, as these bytes.
+    Next(Vec<u8>),
+    /// It is dropped.
+    Dropped,
+    /// These bytes are sent instead.
+    Answered(Vec<u8>),
+}
+
+/// The loaded programs and their maps.
+pub struct Datapath {
+    ingress: SchedClassifier,
+    egress: SchedClassifier,
+    /// The maps, by name.
+    pub maps: MapFds,
+    ns: Arc<Netns>,
+    /// The kernel empties it when it is let go of.
+    _continuations: Continuations,
+}
+
+/// Room for what comes out: no program makes a packet longer than an answer.
+const ROOM: usize = 16384;
+
+impl Datapath {
+    /// Fresh maps, and programs that will run in `ns`.
+    pub fn load(bed: &Bed, ns: &Arc<Netns>) -> Self {
+        let pins = Pins::new(bed.bpffs("bpf").join("shunt"));
+        pins.prepare().expect("the test's BPF file system takes pins");
+        let sizes = Sizes { services: 1024, backends: 1024, flows: 65536 };
+        let loaded = kernel::load(OBJECT, &pins, &sizes).unwrap_or_else(|error| panic!("{error:#}: {error:?}"));
+        let program = |name: &str| {
+            let path = pins.base().join(name);
+            let fd = loaded.programs.get(name).expect("the object has it");
+            sys::pin(fd.as_fd(), &path).expect("programs can be pinned");
+            SchedClassifier::from_pin(&path).expect("it was pinned just now")
+        };
+        Self {
+            ingress: program("ingress"),
+            egress: program("egress"),
+            maps: loaded.maps,
+            ns: ns.clone(),
+            _continuations: loaded.continuations,
+        }
+    }
+
+    /// What the program of `hook` does with `frame` on the device.
+    pub fn run(&self, hook: Hook, ifindex: u32, frame: &[u8]) -> Outcome {
+        let mut out = vec![0; ROOM];
+        let context = Context::on_device(ifindex);
+        let program = match hook {
+            Hook::Ingress => &self.ingress,
+            Hook::Egress => &self.egress,
+        };
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context.0),
+            ..TestRunOptions::default()
+        };
+        // The programs ask for routes and sockets of the namespace that runs them.
+        let result = self
+            .ns
+            .run(|| program.test_run(options))
+            .unwrap_or_else(|error| panic!("cannot run {hook:?} on {} bytes: {error:?}", frame.len()));
+        out.truncate(result.data_size_out as usize);
+        // TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_REDIRECT (uapi/linux/pkt_cls.h).
+        match result.return_value as i32 {
+            -1 => Outcome::Next(out),
+            2 => Outcome::Dropped,
+            7 => Outcome::Answered(out),
+            other => panic!("{hook:?} returned {other}"),
+        }
+    }
+
+    /// Drops so far, by reason.
+    pub fn drops(&self) -> Vec<(DropReason, u64)> {
+        let cpus = aya::util::nr_cpus().expect("the number of CPUs is known");
+        let map = self.maps.get("drop_counters").expect("the object has it");
+        let count = |reason: DropReason| {
+            let mut copies = vec![0_u64; cpus];
+            sys::map_lookup(map, &(reason as u32), &mut copies).expect("every reason has its counter");
+            (reason, copies.iter().sum())
+        };
+        DropReason::ALL.map(count).to_vec()
+    }
+}

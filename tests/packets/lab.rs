@@ -1,0 +1,297 @@
+//! A node whose programs run one packet at a time, each step compared with the reference NAT.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use proxy_common::verdict::DropReason;
+use shunt_tests::nat::{Expected, Hook, Nat, check_answer};
+use shunt_tests::netns::Netns;
+use shunt_tests::packet::{Error, Link, Packet, assert_frame, error, flag, hex, proto};
+use shunt_tests::topology::{Cluster, Family, Plan};
+
+use crate::datapath::{Datapath, Outcome};
+use crate::{tables, world};
+
+/// A device of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The uplink.
+    Eth0,
+    /// The link of pod 1 or 2.
+    Pod(u16),
+}
+
+/// Index and MAC address of a device.
+type Identity = (u32, [u8; 6]);
+
+/// TCP or UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proto {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Proto {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
+
+    /// Its number.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => proto::TCP,
+            Self::Udp => proto::UDP,
+        }
+    }
+}
+
+/// Calls `test` for every family and protocol; a failure tells which.
+pub fn each(mut test: impl FnMut(Family, Proto)) {
+    for family in Family::ALL {
+        for proto in Proto::ALL {
+            println!("--- {family:?} {proto:?}");
+            test(family, proto);
+        }
+    }
+}
+
+/// A node with the services of [`world`], and the reference that follows it.
+pub struct Lab {
+    datapath: Datapath,
+    /// The reference.
+    pub nat: Nat,
+    devices: BTreeMap<u16, Identity>,
+    /// Packets that were dropped or answered so far, by reason.
+    pub drops: BTreeMap<&'static str, u64>,
+    _cluster: Cluster,
+}
+
+impl Lab {
+    /// A fresh node.
+    pub fn new() -> Self {
+        let cluster = Cluster::build(Plan::default());
+        let node = &cluster.nodes[0];
+        assert_eq!((node.addrs, node.pods[1].addrs), (world::node(), world::pod(2)), "the world is the topology's");
+        let devices = [(0, "eth0"), (1, "veth-1-1"), (2, "veth-1-2")];
+        let devices = devices.map(|(number, name)| (number, identity(node.place.ns(), name))).into_iter().collect();
+        let datapath = Datapath::load(&cluster.bed, node.place.ns());
+        let (facts, services) = (world::facts(), world::services());
+        tables::fill(&datapath.maps, &facts, &services);
+        Self { datapath, nat: Nat::new(facts, services), devices, drops: BTreeMap::new(), _cluster: cluster }
+    }
+
+    /// The device by which the node reaches `addr`.
+    pub fn device_of(&self, addr: IpAddr) -> Device {
+        let is_pod = |number: &u16| Family::ALL.iter().any(|family| world::pod(*number).get(*family) == addr);
+        [1, 2].into_iter().find(is_pod).map_or(Device::Eth0, Device::Pod)
+    }
+
+    fn identity(&self, device: Device) -> Identity {
+        match device {
+            Device::Eth0 => self.devices[&0],
+            Device::Pod(number) => self.devices[&number],
+        }
+    }
+
+    /// The Ethernet header of a frame that comes in by `device`, or leaves by it.
+    pub fn link(&self, device: Device) -> Link {
+        Link { dst: self.identity(device).1, src: [2, 0, 0, 0, 0, 1], tags: vec![] }
+    }
+
+    /// A packet of the protocol: a SYN, or a datagram.
+    pub fn opening(&self, proto: Proto, src: SocketAddr, dst: SocketAddr) -> Packet {
+        let link = self.link(self.device_of(src.ip()));
+        match proto {
+            Proto::Tcp => Packet::tcp(link, src, dst, flag::SYN),
+            Proto::Udp => Packet::udp(link, src, dst),
+        }
+    }
+
+    /// A packet of an open connection: an ACK with data, or a datagram.
+    pub fn following(&self, proto: Proto, src: SocketAddr, dst: SocketAddr) -> Packet {
+        let link = self.link(self.device_of(src.ip()));
+        match proto {
+            Proto::Tcp => Packet::tcp(link, src, dst, flag::ACK | flag::PSH),
+            Proto::Udp => Packet::udp(link, src, dst),
+        }
+    }
+
+    /// What comes out of one hook for `packet`, as the reference says too; `None` if nothing, or an answer.
+    #[track_caller]
+    pub fn step(&mut self, hook: Hook, device: Device, packet: &Packet) -> Option<Packet> {
+        let before = self.datapath.drops();
+        let (ifindex, _) = self.identity(device);
+        let frame = packet.to_bytes();
+        let outcome = self.datapath.run(hook, ifindex, &frame);
+        let got = match &outcome {
+            Outcome::Next(bytes) => &bytes[..],
+            Outcome::Dropped | Outcome::Answered(_) => &[],
+        };
+        let expected = self.nat.expect(hook, packet, got);
+        let what = format!("{hook:?} on {device:?} of\n{packet:?}\n{}", hex(&frame));
+        let reasons = self.moved_counters(&before);
+        let out = match (&expected, &outcome) {
+            (Expected::Same, Outcome::Next(got)) => {
+                assert_eq!(got, &frame, "{what}was changed");
+                Some(packet.clone())
+            }
+            (Expected::Packet(wanted), Outcome::Next(got)) => {
+                assert_frame(&what, got, wanted);
+                Some(wanted.as_ref().clone())
+            }
+            (Expected::Drop, Outcome::Dropped) => None,
+            (Expected::Reject, Outcome::Answered(answer)) => {
+                check_answer(packet, answer)
+                    .unwrap_or_else(|wrong| panic!("{what}was answered wrongly: {wrong}\n{}", hex(answer)));
+                None
+            }
+            _ => panic!("{what}expected {expected:?}\ngot {outcome:?}, counted {reasons:?}"),
+        };
+        let is_counted = reasons.len() == 1 && reasons[0].1 == 1;
+        assert!(if out.is_some() { reasons.is_empty() } else { is_counted }, "{what}counted {reasons:?}");
+        for (reason, count) in reasons {
+            *self.drops.entry(reason.name()).or_default() += count;
+        }
+        out
+    }
+
+    /// What comes out of the ingress hook of the source's device, as the reference says too.
+    #[track_caller]
+    pub fn through_ingress(&mut self, packet: &Packet) -> Option<Packet> {
+        let device = self.device_of(packet.ip.src);
+        self.step(Hook::Ingress, device, packet)
+    }
+
+    /// What one hook does with `packet`, without asking the reference.
+    pub fn peek(&self, hook: Hook, device: Device, packet: &Packet) -> Outcome {
+        self.run_bytes(hook, device, &packet.to_bytes())
+    }
+
+    /// Why one hook refuses `packet`, without asking the reference.
+    #[track_caller]
+    pub fn refused_because(&self, hook: Hook, device: Device, packet: &Packet) -> &'static str {
+        let before = self.datapath.drops();
+        let outcome = self.peek(hook, device, packet);
+        match (&outcome, &self.moved_counters(&before)[..]) {
+            (Outcome::Dropped | Outcome::Answered(_), [(reason, 1)]) => reason.name(),
+            (_, counted) => panic!("{packet:?} is not refused: {outcome:?}, counted {counted:?}"),
+        }
+    }
+
+    /// What one hook does with any bytes.
+    pub fn run_bytes(&self, hook: Hook, device: Device, frame: &[u8]) -> Outcome {
+        self.datapath.run(hook, self.identity(device).0, frame)
+    }
+
+    fn moved_counters(&self, before: &[(DropReason, u64)]) -> Vec<(DropReason, u64)> {
+        let after = self.datapath.drops();
+        before.iter().zip(after).filter(|(old, new)| old.1 != new.1).map(|(old, new)| (new.0, new.1 - old.1)).collect()
+    }
+
+    /// What a packet becomes on its way through the node: in by its source's device, out by that of its new destination.
+    #[track_caller]
+    pub fn through(&mut self, packet: &Packet) -> Option<Packet> {
+        let source = self.device_of(packet.ip.src);
+        self.through_from(source, packet)
+    }
+
+    /// As [`Self::through`], in by `source`.
+    #[track_caller]
+    pub fn through_from(&mut self, source: Device, packet: &Packet) -> Option<Packet> {
+        let mut inside =
+            self.step(Hook::Ingress, source, &Packet { link: self.link_like(source, packet), ..packet.clone() })?;
+        let target = self.device_of(inside.ip.dst);
+        inside.link = self.link_like(target, &inside);
+        self.step(Hook::Egress, target, &inside)
+    }
+
+    fn link_like(&self, device: Device, packet: &Packet) -> Link {
+        Link { tags: packet.link.tags.clone(), ..self.link(device) }
+    }
+
+    /// Opens a connection and returns what its first packet became: what the backend sees.
+    #[track_caller]
+    pub fn open(&mut self, proto: Proto, client: SocketAddr, frontend: SocketAddr) -> Packet {
+        let packet = self.opening(proto, client, frontend);
+        self.through(&packet).expect("a connection opens")
+    }
+
+    /// A whole exchange through a frontend: opened, answered, confirmed, data both ways. Returns what the backend saw first.
+    #[track_caller]
+    pub fn converse(&mut self, proto: Proto, client: SocketAddr, frontend: SocketAddr) -> Packet {
+        let first = self.open(proto, client, frontend);
+        let answer = self.answer(proto, &first);
+        self.expect_answer(&answer, client, frontend);
+        for _ in 0..2 {
+            let more = self.confirming(proto, client, frontend);
+            let seen = self.through(&more).expect("the connection goes on");
+            assert_eq!((seen.src(), seen.dst()), (first.src(), first.dst()), "one connection, one path");
+            let answer = self.following(proto, first.dst(), first.src());
+            self.expect_answer(&answer, client, frontend);
+        }
+        first
+    }
+
+    /// What a backend answers to the first packet of a connection.
+    pub fn answer(&self, proto: Proto, seen: &Packet) -> Packet {
+        let link = self.link(self.device_of(seen.ip.dst));
+        match proto {
+            Proto::Tcp => {
+                let mut packet = Packet::tcp(link, seen.dst(), seen.src(), flag::SYN | flag::ACK);
+                tcp(&mut packet).seq = BACKEND_SEQ;
+                packet
+            }
+            Proto::Udp => Packet::udp(link, seen.dst(), seen.src()),
+        }
+    }
+
+    /// What a client sends after the answer: the acknowledgement of exactly that.
+    pub fn confirming(&self, proto: Proto, client: SocketAddr, frontend: SocketAddr) -> Packet {
+        let mut packet = self.following(proto, client, frontend);
+        if proto == Proto::Tcp {
+            tcp(&mut packet).ack = BACKEND_SEQ + 1;
+        }
+        packet
+    }
+
+    /// A backend's packet must reach the client as the frontend's.
+    #[track_caller]
+    fn expect_answer(&mut self, answer: &Packet, client: SocketAddr, frontend: SocketAddr) {
+        let seen = self.through(answer).expect("an answer comes through");
+        assert_eq!((seen.src(), seen.dst()), (frontend, client));
+    }
+}
+
+/// The sequence number of every backend's SYN-ACK here.
+const BACKEND_SEQ: u32 = 0x5000_0000;
+
+/// The segment of a TCP packet.
+pub fn tcp(packet: &mut Packet) -> &mut shunt_tests::packet::Tcp {
+    match &mut packet.body {
+        shunt_tests::packet::Body::Tcp(tcp) => tcp,
+        other => panic!("{other:?} is not TCP"),
+    }
+}
+
+/// The datagram of a UDP packet.
+pub fn udp(packet: &mut Packet) -> &mut shunt_tests::packet::Udp {
+    match &mut packet.body {
+        shunt_tests::packet::Body::Udp(udp) => udp,
+        other => panic!("{other:?} is not UDP"),
+    }
+}
+
+/// "Packet too big" about `quoted`, as much of it as is usual.
+pub fn too_big(quoted: &Packet) -> Error {
+    let (kind, code) = if quoted.is_v4() { (error::V4_UNREACHABLE, error::V4_TOO_BIG) } else { (error::V6_TOO_BIG, 0) };
+    Error { kind, code, rest: 1280, quoted: Box::new(quoted.clone()), quoted_bytes: 576 }
+}
+
+fn identity(ns: &Netns, device: &str) -> Identity {
+    let line = ns.output(["ip", "-o", "link", "show", device]);
+    let index = line.split(':').next().and_then(|text| text.parse().ok()).expect("the line begins with the index");
+    let mac = line.split_once("link/ether ").expect("it is Ethernet").1;
+    let mut bytes = mac[..17].split(':').map(|byte| u8::from_str_radix(byte, 16).expect("a MAC address"));
+    (index, std::array::from_fn(|_| bytes.next().expect("six bytes")))
+}

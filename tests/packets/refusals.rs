@@ -1,0 +1,137 @@
+//! Refusals: who is answered, who is not, and which counter says so.
+
+use shunt_tests::nat::Hook;
+use shunt_tests::packet::{Body, Icmp, Ip, Packet, flag, proto};
+use shunt_tests::topology::{Family, SERVICES};
+
+use crate::lab::{Device, Lab, Proto, each, tcp};
+use crate::world::{self, Name};
+
+#[test]
+fn a_service_without_endpoints_is_refused_with_an_answer() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        for (port, frontend) in (4000..).zip(Name::Empty.frontends(family)) {
+            for client in [world::outside(1), world::pod(2)] {
+                let opening = lab.opening(proto, client.port(family, port), frontend);
+                assert_eq!(lab.through(&opening), None);
+            }
+        }
+    });
+    assert_eq!(lab.drops["no_endpoint"], 24);
+}
+
+#[test]
+fn a_local_policy_without_local_endpoint_drops_in_silence() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        let vip = Name::LocalPolicy.vip().port(family, world::PORT);
+        let opening = lab.opening(proto, world::outside(1).port(family, 4000), vip);
+        assert_eq!(lab.through(&opening), None);
+        // From inside the cluster all endpoints are good.
+        lab.converse(proto, world::pod(2).port(family, 4000), vip);
+    });
+    assert_eq!(lab.drops["no_local_endpoint"], 4);
+}
+
+#[test]
+fn an_unknown_port_is_refused_on_a_cluster_ip_alone() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        let cluster_ip = Name::Local.cluster_ip().port(family, world::NO_PORT);
+        let opening = lab.opening(proto, world::pod(2).port(family, 4000), cluster_ip);
+        assert_eq!(lab.through(&opening), None);
+        for other in [Name::Local.vip().port(family, world::NO_PORT), world::node().port(family, 22)] {
+            let opening = lab.opening(proto, world::outside(1).port(family, 4000), other);
+            assert_eq!(lab.through_ingress(&opening), Some(opening));
+        }
+    });
+    assert_eq!(lab.drops["unknown_port"], 4);
+}
+
+#[test]
+fn an_unallocated_service_address_is_dropped() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        let opening =
+            lab.opening(proto, world::pod(2).port(family, 4000), SERVICES.host(999).port(family, world::PORT));
+        assert_eq!(lab.through(&opening), None);
+    });
+    assert_eq!(lab.drops["unallocated_service_address"], 4);
+}
+
+#[test]
+fn segments_of_no_connection_are_reset_at_a_cluster_ip_alone() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        for flags in [flag::ACK, flag::ACK | flag::PSH, flag::FIN | flag::ACK, flag::SYN | flag::ACK, flag::FIN] {
+            let mut packet =
+                lab.following(Proto::Tcp, world::pod(2).port(family, 4000), Name::Local.cluster_ip().port(family, 80));
+            tcp(&mut packet).flags = flags;
+            assert_eq!(lab.through(&packet), None);
+            let mut packet =
+                packet.with_dst(Name::Local.vip().port(family, 80)).with_src(world::outside(1).port(family, 4000));
+            packet.link = lab.link(Device::Eth0);
+            assert_eq!(lab.through_ingress(&packet), Some(packet));
+        }
+    }
+    assert_eq!(lab.drops["no_connection"], 10);
+}
+
+#[test]
+fn resets_and_errors_are_never_answered() {
+    let lab = Lab::new();
+    for family in Family::ALL {
+        let client = world::pod(2).port(family, 4000);
+        for (frontend, flags) in [
+            (Name::Empty.cluster_ip().port(family, 80), flag::RST),
+            (Name::Local.cluster_ip().port(family, 80), flag::RST | flag::ACK),
+            (Name::Local.cluster_ip().port(family, world::NO_PORT), flag::RST),
+        ] {
+            let mut packet = lab.following(Proto::Tcp, client, frontend);
+            tcp(&mut packet).flags = flags;
+            assert_eq!(
+                lab.peek(Hook::Ingress, Device::Pod(2), &packet),
+                crate::datapath::Outcome::Dropped,
+                "{packet:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn answers_hold_for_options_and_extension_headers() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        let frontend = Name::Empty.vip().port(family, world::PORT);
+        let mut packet = lab.opening(proto, world::outside(1).port(family, 4000), frontend);
+        match family {
+            Family::V4 => packet.ip.options = vec![7, 11, 4, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+            Family::V6 => packet.ip.extensions = vec![(proto::HOP_BY_HOP, vec![1, 4, 0, 0, 0, 0])],
+        }
+        assert_eq!(lab.through(&packet), None);
+    });
+}
+
+#[test]
+fn other_protocols_are_refused_at_a_cluster_ip() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        let ip = Ip::new(world::pod(2).get(family), Name::Local.cluster_ip().get(family));
+        let echo = Icmp { kind: if family == Family::V4 { 8 } else { 128 }, code: 0, rest: 7, data: vec![1; 56] };
+        for body in [Body::Icmp(echo), Body::Other(132, vec![0; 40])] {
+            let packet = Packet { link: lab.link(Device::Pod(2)), ip: ip.clone(), body, part: None };
+            assert_eq!(lab.through(&packet), None);
+        }
+    }
+}
+
+#[test]
+fn a_packet_to_a_cluster_ip_never_leaves_the_node() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        let opening = lab.opening(proto, world::node().port(family, 50_000), Name::Local.cluster_ip().port(family, 80));
+        assert_eq!(lab.step(Hook::Egress, Device::Eth0, &opening), None);
+    });
+    assert_eq!(lab.drops["host_unhooked"], 4);
+}
