@@ -1,0 +1,118 @@
+//! The agent comes and goes; what it has programmed stays and is taken over.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use nix::sys::signal::Signal;
+use shunt_tests::cgroup::Cgroup;
+use shunt_tests::place::Place;
+use shunt_tests::process::Process;
+use shunt_tests::traffic::Ports;
+use shunt_tests::wait;
+
+use crate::node::{Lone, service, text};
+
+const VIP: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)), 80);
+
+fn names_and_ids(node: &Lone) -> Vec<(String, u64)> {
+    let services = node.json("services");
+    let services = services.as_array().expect("a list").iter();
+    let pair = |service: &serde_json::Value| {
+        (service["name"].as_str().expect("a name").to_owned(), service["id"].as_u64().expect("an id"))
+    };
+    services.map(pair).collect()
+}
+
+#[test]
+fn services_work_without_an_agent_and_keep_their_ids_under_the_next() {
+    let mut node = Lone::new();
+    let _server = node.place.serve(Ports { tcp: &[8080], udp: &[] });
+    node.manifests.write_text("z", &service("z", "10.96.0.26", &["10.244.1.1"], 8080));
+    node.start([]);
+    node.manifests.write_text("web", &service("web", "10.96.0.10", &["10.244.1.1"], 8080));
+    wait::until("the second service", || names_and_ids(&node).len() == 2);
+    let before = names_and_ids(&node);
+    assert_eq!(node.place.tcp(VIP).unwrap().server, "node");
+
+    node.crash();
+    assert_eq!(node.place.tcp(VIP).unwrap().server, "node", "the hooks outlive the agent");
+    node.manifests.delete("z");
+    node.start([]);
+    node.log("adopted=true");
+    assert_eq!(names_and_ids(&node), before[1..], "same id, and the service deleted meanwhile is gone");
+    assert_eq!(node.place.tcp(VIP).unwrap().server, "node");
+    node.stop();
+    assert_eq!(node.place.tcp(VIP).unwrap().server, "node");
+}
+
+#[test]
+fn a_second_agent_on_one_directory_refuses() {
+    let mut node = Lone::new();
+    node.start([]);
+    let mut second = Process::start("second", node.agent_command([]));
+    let status = second.wait();
+    assert_eq!(status.code(), Some(1), "{second}");
+    assert!(second.lines().join("\n").contains("another agent owns"), "{second}");
+    assert_eq!(node.json("status")["agent"], true);
+}
+
+#[test]
+fn all_that_is_wrong_with_the_flags_is_told_at_once() {
+    let node = Lone::new();
+    let mut agent = Process::start("agent", node.agent_command(["--snat-ports", "9-3", "--cluster-cidr", "x"]));
+    assert_eq!(agent.wait().code(), Some(64), "{agent}");
+    let told = agent.lines().join("\n");
+    assert!(told.contains("--snat-ports") && told.contains("--cluster-cidr"), "{told}");
+}
+
+#[test]
+fn another_control_group_takes_the_hooks_over() {
+    let mut node = Lone::new();
+    let _server = node.place.serve(Ports { tcp: &[8080], udp: &[] });
+    node.manifests.write_text("web", &service("web", "10.96.0.10", &["10.244.1.1"], 8080));
+    node.start([]);
+    node.stop();
+    let other = Cgroup::new(&node.bed, "other");
+    node.start(["--cgroup", &text(other.dir())]);
+    let there = Place::new("there", node.place.ns().clone(), Some(other));
+    assert_eq!(there.tcp(VIP).unwrap().server, "node");
+    assert!(node.place.tcp(VIP).is_err(), "the hooks have left the first group");
+}
+
+#[test]
+fn sockets_are_left_alone_when_that_is_wanted() {
+    let mut node = Lone::new();
+    let _server = node.place.serve(Ports { tcp: &[8080], udp: &[] });
+    node.manifests.write_text("web", &service("web", "10.96.0.10", &["10.244.1.1"], 8080));
+    node.start([]);
+    node.stop();
+    node.start(["--socket-lb", "off", "--host-clients", "off"]);
+    assert!(node.place.tcp(VIP).is_err());
+    assert_eq!(node.json("status")["socket_hooks"], 0);
+}
+
+#[test]
+fn the_drain_ends_the_agent_by_either_signal_with_success() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut node = Lone::new();
+        let mut agent = Process::start("agent", node.agent_command([]));
+        agent.wait_line(0, "readiness", |line| line.contains("first plan applied").then_some(()));
+        agent.signal(signal);
+        assert!(agent.wait().success(), "{signal}: {agent}");
+        node.start([]);
+    }
+}
+
+/// What the tables cannot tell comes from the agent: here a service whose port name is too long for the table of names.
+#[test]
+fn status_tells_what_a_service_does_not_get() {
+    let mut node = Lone::new();
+    let long = "x".repeat(250);
+    node.manifests.write_text("long", &service(&long, "10.96.0.11", &["10.244.1.1"], 8080));
+    node.manifests.write_text("web", &service("web", "10.96.0.10", &["10.244.1.1"], 8080));
+    node.start([]);
+    let output = node.shunt(["status", "--admin-socket", &text(node.admin_socket())]);
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(shown.contains("agent         running"), "{shown}");
+    assert!(shown.contains("a name has at most 256"), "{shown}");
+    assert_eq!(names_and_ids(&node).len(), 1);
+}
