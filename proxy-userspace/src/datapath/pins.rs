@@ -139,10 +139,14 @@ impl Pins {
         Ok(if use_usual { usual.to_owned() } else { self.base.clone() })
     }
 
-    /// Removes the directories that this type made, as far as they are empty, and the mount if it was ours.
+    /// Removes the directories that this type made, and the mount if it was ours. Fails while anything else is there.
     pub fn remove_directories(&self) -> Result<(), Error> {
         for directory in ["links/cgroup", "links/tcx", "links", "continuations"] {
             remove_directory(&self.base.join(directory))?;
+        }
+        let is_left = |path: &PathBuf| file_name(path) != Some(NOTES);
+        if list(&self.base)?.iter().any(is_left) {
+            return Err(at("clear", &self.base)(io::Error::from(io::ErrorKind::DirectoryNotEmpty)));
         }
         let is_our_mount = self.marks()?.iter().any(|note| note == MOUNT_NOTE) && is_mount_point(&self.base);
         self.unmark(MOUNT_NOTE)?;
