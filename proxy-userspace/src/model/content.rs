@@ -110,6 +110,12 @@ fn step(
             }
             put(target, groups, source, object)
         }
+        Event::InitKeep(key) => {
+            if let Some(seen) = listing.get_mut(&key.kind) {
+                seen.insert(key);
+            }
+            false
+        }
         Event::Delete(key) => {
             if let Some(seen) = listing.get_mut(&key.kind) {
                 seen.remove(&key);
@@ -231,5 +237,176 @@ fn keys<'a>(
             Box::new(own.map(move |key| cluster(&key.1)))
         }
         Kind::EndpointSlice | Kind::Endpoints => Box::new(groups.keys().filter(move |key| key.kind == kind).cloned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Conditions, Endpoint, EndpointGroup, EndpointPort, EndpointSubset, Node, Protocol, Service};
+    use proxy_common::addr::{Addr, Port};
+
+    const BOTH: &[Kind] = &[Kind::Service, Kind::EndpointSlice];
+
+    fn content(ids: &[SourceId]) -> Content {
+        let specs: Vec<_> = ids.iter().map(|id| SourceSpec { id: *id, kinds: BOTH }).collect();
+        Content::new(Arc::new(NodeFacts::named(Name::from("node-a"))), &specs)
+    }
+
+    fn service(name: &str, seconds: u32) -> Object {
+        let service = Service {
+            created: None,
+            cluster_ips: Default::default(),
+            ports: Box::default(),
+            external_ips: Box::default(),
+            load_balancer_ips: Box::default(),
+            internal_policy: Default::default(),
+            external_policy: Default::default(),
+            affinity: std::num::NonZeroU32::new(seconds),
+            restricted: Default::default(),
+        };
+        Object::Service { namespace: Name::from("default"), name: Name::from(name), service: Arc::new(service) }
+    }
+
+    fn slice(name: &str, service: &str, port: u16) -> Object {
+        let endpoint = Endpoint {
+            addr: Addr::UNSPECIFIED_V4,
+            node: None,
+            hints: None,
+            conditions: Conditions::new(None, None, None),
+        };
+        let port = EndpointPort { name: Name::from(""), protocol: Protocol::Tcp, port: Port(port) };
+        let subset = EndpointSubset { ports: Box::new([port]), endpoints: Box::new([endpoint]) };
+        let group = EndpointGroup { kind: GroupKind::Slice, name: Name::from(name), subsets: Box::new([subset]) };
+        Object::Endpoints { namespace: Name::from("default"), service: Name::from(service), group: Arc::new(group) }
+    }
+
+    fn key(kind: Kind, name: &str) -> ObjectKey {
+        ObjectKey { kind, namespace: Name::from("default"), name: Name::from(name) }
+    }
+
+    fn send(content: &mut Content, source: SourceId, events: impl IntoIterator<Item = Event>) -> bool {
+        events.into_iter().fold(false, |changed, event| content.apply(Update { source, event }) || changed)
+    }
+
+    fn list(content: &mut Content, source: SourceId, kind: Kind, objects: impl IntoIterator<Item = Object>) -> bool {
+        let objects = objects.into_iter().map(Event::InitApply);
+        send(content, source, [Event::Init(kind)].into_iter().chain(objects).chain([Event::InitDone(kind)]))
+    }
+
+    fn services(content: &Content) -> Vec<String> {
+        content.snapshot().services.keys().map(ToString::to_string).collect()
+    }
+
+    fn slices_of(content: &Content, source: SourceId, service: &str) -> Vec<String> {
+        let key = ServiceKey { source, namespace: Name::from("default"), name: Name::from(service) };
+        let endpoints = content.snapshot().endpoints.get(&key);
+        endpoints.iter().flat_map(|endpoints| endpoints.groups()).map(|group| group.name.to_string()).collect()
+    }
+
+    #[test]
+    fn a_source_is_visible_when_all_its_kinds_are_listed_and_others_do_not_wait() {
+        let (kubernetes, manifests) = (SourceId::Kubernetes, SourceId::Manifests);
+        let mut content = content(&[kubernetes, manifests]);
+        assert!(!list(&mut content, kubernetes, Kind::Service, [service("k", 1)]));
+        assert!(!list(&mut content, manifests, Kind::Service, [service("m", 1)]));
+        assert!(services(&content).is_empty());
+        assert!(list(&mut content, manifests, Kind::EndpointSlice, [slice("m-1", "m", 1)]));
+        assert_eq!(services(&content), ["manifests/default/m"]);
+        assert_eq!(slices_of(&content, manifests, "m"), ["m-1"]);
+        assert_eq!(*content.snapshot().pending, [kubernetes]);
+        assert!(list(&mut content, kubernetes, Kind::EndpointSlice, []));
+        assert_eq!(services(&content), ["kubernetes/default/k", "manifests/default/m"]);
+        assert!(content.snapshot().pending.is_empty());
+    }
+
+    #[test]
+    fn a_list_that_begins_anew_before_it_ended_counts_from_the_second_beginning() {
+        let mut content = content(&[SourceId::Kubernetes]);
+        list(&mut content, SourceId::Kubernetes, Kind::EndpointSlice, []);
+        send(&mut content, SourceId::Kubernetes, [Event::Init(Kind::Service), Event::InitApply(service("gone", 1))]);
+        assert!(list(&mut content, SourceId::Kubernetes, Kind::Service, [service("stays", 1)]));
+        assert_eq!(services(&content), ["kubernetes/default/stays"]);
+    }
+
+    fn listed() -> Content {
+        let mut content = content(&[SourceId::Kubernetes]);
+        list(&mut content, SourceId::Kubernetes, Kind::Service, [service("a", 1), service("b", 1)]);
+        list(&mut content, SourceId::Kubernetes, Kind::EndpointSlice, [slice("a-1", "a", 1), slice("a-2", "a", 2)]);
+        content
+    }
+
+    #[test]
+    fn a_new_list_prunes_at_its_end_and_only_its_own_kind() {
+        let mut content = listed();
+        send(&mut content, SourceId::Kubernetes, [Event::Init(Kind::Service), Event::InitApply(service("b", 1))]);
+        assert_eq!(services(&content), ["kubernetes/default/a", "kubernetes/default/b"]);
+        assert!(send(&mut content, SourceId::Kubernetes, [Event::InitDone(Kind::Service)]));
+        assert_eq!(services(&content), ["kubernetes/default/b"]);
+        assert_eq!(slices_of(&content, SourceId::Kubernetes, "a"), ["a-1", "a-2"]);
+        assert!(list(&mut content, SourceId::Kubernetes, Kind::EndpointSlice, [slice("a-2", "a", 2)]));
+        assert_eq!(slices_of(&content, SourceId::Kubernetes, "a"), ["a-2"]);
+    }
+
+    #[test]
+    fn an_end_without_a_beginning_prunes_nothing() {
+        let mut content = listed();
+        assert!(!send(&mut content, SourceId::Kubernetes, [Event::InitDone(Kind::Service)]));
+        assert_eq!(services(&content).len(), 2);
+    }
+
+    #[test]
+    fn an_object_that_is_deleted_while_a_list_is_under_way_is_gone() {
+        let mut content = listed();
+        let events = [
+            Event::Init(Kind::Service),
+            Event::InitApply(service("a", 1)),
+            Event::InitApply(service("b", 1)),
+            Event::Delete(key(Kind::Service, "a")),
+            Event::InitDone(Kind::Service),
+        ];
+        assert!(send(&mut content, SourceId::Kubernetes, events));
+        assert_eq!(services(&content), ["kubernetes/default/b"]);
+    }
+
+    #[test]
+    fn what_says_the_same_changes_nothing_and_keeps_its_place_in_memory() {
+        let mut content = listed();
+        let before = content.snapshot().clone();
+        let same = [Event::Apply(service("a", 1)), Event::Apply(slice("a-1", "a", 1))];
+        assert!(!send(&mut content, SourceId::Kubernetes, same));
+        assert!(!list(&mut content, SourceId::Kubernetes, Kind::Service, [service("a", 1), service("b", 1)]));
+        assert!(before.services.ptr_eq(&content.snapshot().services));
+        assert!(before.endpoints.ptr_eq(&content.snapshot().endpoints));
+        assert!(send(&mut content, SourceId::Kubernetes, [Event::Apply(service("a", 2))]));
+    }
+
+    #[test]
+    fn a_slice_that_moves_to_another_service_leaves_the_first() {
+        let mut content = listed();
+        assert!(send(&mut content, SourceId::Kubernetes, [Event::Apply(slice("a-1", "b", 1))]));
+        assert_eq!(slices_of(&content, SourceId::Kubernetes, "a"), ["a-2"]);
+        assert_eq!(slices_of(&content, SourceId::Kubernetes, "b"), ["a-1"]);
+        assert!(send(&mut content, SourceId::Kubernetes, [Event::Delete(key(Kind::EndpointSlice, "a-1"))]));
+        assert!(slices_of(&content, SourceId::Kubernetes, "b").is_empty());
+    }
+
+    #[test]
+    fn a_source_that_is_not_configured_has_no_say() {
+        let mut content = content(&[SourceId::Kubernetes]);
+        assert!(!list(&mut content, SourceId::Consul, Kind::Service, [service("a", 1)]));
+        assert!(services(&content).is_empty());
+    }
+
+    #[test]
+    fn the_own_node_of_the_first_source_counts() {
+        let mut content = content(&[SourceId::Kubernetes, SourceId::Manifests]);
+        for (source, zone) in [(SourceId::Manifests, "m"), (SourceId::Kubernetes, "k")] {
+            BOTH.iter().for_each(|kind| _ = list(&mut content, source, *kind, []));
+            let node = Arc::new(Node { zone: Some(Name::from(zone)), ..Node::default() });
+            send(&mut content, source, [Event::Apply(Object::Node { name: Name::from("node-a"), node })]);
+            let own = content.snapshot().own_node().and_then(|node| node.zone.clone());
+            assert_eq!(own, Some(Name::from(zone)));
+        }
     }
 }

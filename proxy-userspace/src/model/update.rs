@@ -1,4 +1,4 @@
-//! The contract every source speaks: Init, InitApply, InitDone, Apply, Delete, for each kind of object it lists.
+//! The contract every source speaks: Init, InitApply, InitKeep, InitDone, Apply, Delete, for each kind of object it lists.
 //!
 //! A source's objects become visible when every kind it announced has been listed once. Listing again (Init) prunes
 //! what was not listed this time, at InitDone and not before. No deadline ever deletes anything.
@@ -146,6 +146,8 @@ pub enum Event {
     Init(Kind),
     /// An object of the list.
     InitApply(Object),
+    /// An object of the list that cannot be used: what was known of it stays.
+    InitKeep(ObjectKey),
     /// The list of this kind is complete.
     InitDone(Kind),
     /// An object is new or has changed.

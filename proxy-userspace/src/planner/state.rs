@@ -56,7 +56,7 @@ pub struct State {
 #[derive(Debug)]
 pub(super) struct Port {
     pub id: ServiceId,
-    /// The slots it holds.
+    /// The slots it holds; there may be more than are used.
     pub stretch: Stretch,
     /// What is in them; empty although it holds some if the table contradicts itself.
     pub slots: Box<[BackendId]>,
@@ -68,6 +68,14 @@ pub(super) struct Port {
     pub created: Option<NonZeroU64>,
     /// Read from the tables, not planned yet.
     pub is_held: bool,
+}
+
+/// What a service port is going to have.
+struct Reserved {
+    id: ServiceId,
+    stretch: Stretch,
+    /// Members of the old local set that stand behind the new slots until no frontend asks for them.
+    leaving: Vec<BackendId>,
 }
 
 /// A backend, as programmed.
@@ -250,7 +258,7 @@ impl State {
         work: &mut Work,
     ) -> Result<(), Problem> {
         let layout = plan.layout();
-        let (id, stretch) = self.reserve(&name, plan, &layout)?;
+        let Reserved { id, stretch, leaving } = self.reserve(&name, plan, &layout)?;
         self.list_backends(plan);
         work.backends(name.service(), plan.backends.iter().map(|backend| backend.at));
         let old = self.ports.remove(&name);
@@ -264,10 +272,12 @@ impl State {
         if known_stretch != stretch {
             self.slots.rest(known_stretch, self.epoch);
             if stretch.count > 0 {
-                work.write(&name, Op::WriteSlots { base: stretch.base, slots: owned_by(id, &slots) });
+                let slots = slots.iter().chain(&leaving).map(|backend| Slot { backend: backend.0, owner: id.0 });
+                work.write(&name, Op::WriteSlots { base: stretch.base, slots: slots.collect() });
             }
         }
-        publish(&name, id, old.as_ref().and_then(|old| old.record), record, work);
+        let left = Range { base: stretch.base + slots.len() as u32, count: leaving.len() as u32 };
+        publish(&name, id, old.as_ref().and_then(|old| old.record), left, record, work);
         let port = Port {
             id,
             stretch,
@@ -283,8 +293,8 @@ impl State {
         Ok(())
     }
 
-    /// The id and the slots that a port will have: what it has, where that stays the same. Takes ids of new backends too.
-    fn reserve(&mut self, name: &PortName, plan: &PortPlan, layout: &Layout) -> Result<(ServiceId, Stretch), Problem> {
+    /// What a port will have: what it has, where that stays the same. Sees to it that there are ids for its new backends.
+    fn reserve(&mut self, name: &PortName, plan: &PortPlan, layout: &Layout) -> Result<Reserved, Problem> {
         let known = self.ports.get(name);
         let full = |what, wanted, capacity| Problem::Exhausted { name: name.clone(), wanted, what, capacity };
         if known.is_none() && self.service_ids.available() == 0 {
@@ -294,21 +304,20 @@ impl State {
         if new > self.backend_ids.available() {
             return Err(full("backends", new, self.limits.backends));
         }
-        let same_slots = known.filter(|port| self.are_slots(port, &layout.slots)).map(|port| port.stretch);
-        let id = known.map(|port| port.id);
-        let stretch = match same_slots {
-            Some(stretch) => stretch,
+        let (stretch, leaving) = match known.filter(|port| self.are_slots(port, &layout.slots)) {
+            Some(port) => (port.stretch, Vec::new()),
             None => {
-                let wanted = layout.slots.len();
+                let leaving = known.map(|port| leaving(port, layout)).unwrap_or_default();
+                let wanted = layout.slots.len() + leaving.len();
                 let free = self.slots.take(wanted as u32);
-                free.ok_or_else(|| full("slots in a row", wanted, self.limits.slots))?
+                (free.ok_or_else(|| full("slots in a row", wanted, self.limits.slots))?, leaving)
             }
         };
-        let id = match id {
-            Some(id) => id,
+        let id = match self.ports.get(name) {
+            Some(port) => port.id,
             None => ServiceId(self.service_ids.take().expect("one was available above")),
         };
-        Ok((id, stretch))
+        Ok(Reserved { id, stretch, leaving })
     }
 
     fn are_slots(&self, port: &Port, wanted: &[BackendAddr]) -> bool {
@@ -378,7 +387,11 @@ impl State {
             self.service_ids.rest(id.0, self.epoch);
             work.retired.push(Op::RetireService { id });
         }
-        for id in orphans.backends {
+        // A service that found no room stays as it was, with what its slots name.
+        let is_named = |id: &BackendId| self.ports.values().any(|port| port.slots.contains(id));
+        let (named, unnamed): (Vec<_>, Vec<_>) = orphans.backends.into_iter().partition(is_named);
+        self.orphans.backends = named;
+        for id in unnamed {
             self.backend_ids.rest(id.0, self.epoch);
             work.retired.push(Op::RetireBackend { id });
         }
@@ -406,13 +419,34 @@ pub(super) fn claim(name: &Arc<PortName>, port: &Port, frontend: &PlannedFronten
     }
 }
 
+/// The local set of a port, if it is about to become empty while the cluster set moves to other slots: it moves along until
+/// no frontend asks for it, so that all slots of a record are always in one stretch.
+fn leaving(port: &Port, layout: &Layout) -> Vec<BackendId> {
+    let is_emptied = layout.local.count == 0 && layout.cluster.count > 0;
+    let Some(record) = port.record.filter(|_| is_emptied) else { return Vec::new() };
+    let old = Range::unpack(record.local);
+    let first = (old.base.saturating_sub(port.stretch.base)) as usize;
+    port.slots.iter().skip(first).take(old.count as usize).copied().collect()
+}
+
 /// Publishes a record. A set that becomes empty is published last: a frontend that leaves for another service must not
-/// meet it.
-fn publish(name: &PortName, id: ServiceId, old: Option<ServiceRecord>, new: ServiceRecord, work: &mut Work) {
+/// meet it. `left`: where its old members are until then, if not where they were.
+fn publish(
+    name: &PortName,
+    id: ServiceId,
+    old: Option<ServiceRecord>,
+    left: Range,
+    new: ServiceRecord,
+    work: &mut Work,
+) {
     let Some(old) = old else { return work.write(name, Op::PublishService { id, record: new }) };
-    let meanwhile = |old: u64, new: u64| if Range::unpack(new).count == 0 { old } else { new };
-    let first =
-        ServiceRecord { cluster: meanwhile(old.cluster, new.cluster), local: meanwhile(old.local, new.local), ..new };
+    let is_empty = |word: u64| Range::unpack(word).count == 0;
+    let old_local = if left.count > 0 { left.pack() } else { old.local };
+    let first = ServiceRecord {
+        cluster: if is_empty(new.cluster) { old.cluster } else { new.cluster },
+        local: if is_empty(new.local) { old_local } else { new.local },
+        ..new
+    };
     if first != old {
         work.write(name, Op::PublishService { id, record: first });
     }
@@ -439,10 +473,6 @@ fn key_of<'a, V>(item: imbl::ordmap::DiffItem<'a, 'a, ServiceKey, V>) -> &'a Ser
         imbl::ordmap::DiffItem::Add(key, _) | imbl::ordmap::DiffItem::Remove(key, _) => key,
         imbl::ordmap::DiffItem::Update { new: (key, _), .. } => key,
     }
-}
-
-fn owned_by(id: ServiceId, slots: &[BackendId]) -> Vec<Slot> {
-    slots.iter().map(|backend| Slot { backend: backend.0, owner: id.0 }).collect()
 }
 
 fn record(layout: &Layout, stretch: Stretch, affinity: u32) -> ServiceRecord {

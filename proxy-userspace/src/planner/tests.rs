@@ -535,6 +535,25 @@ fn contradictions_in_the_tables_are_repaired() {
     world.check_against_rebuild();
 }
 
+/// An agent died before it could clear an old id of a backend; the service that names it finds no room for new slots.
+#[test]
+fn a_service_without_room_keeps_a_backend_that_another_id_has_too() {
+    let mut world = World::new(LIMITS);
+    world.step(&Step::Service { source: SourceId::Kubernetes, name: 0, genes: 0x155 });
+    world.step(&Step::Slice { source: SourceId::Kubernetes, slice: 0, service: 0, genes: vec![1] });
+    world.settled();
+    let (position, slot) = world.tables.slots.first_key_value().map(|(position, slot)| (*position, *slot)).unwrap();
+    let backend = world.tables.backends[&BackendId(slot.backend)];
+    world.tables.backends.insert(BackendId(200), backend);
+    world.tables.slots.insert(position, proxy_common::abi::service::Slot { backend: 200, ..slot });
+    world.limits.slots = 1;
+    world.state = Some(State::restore(world.limits, snat(), &world.tables));
+    world.advance();
+    world.settled();
+    assert!(world.tables.to_string().contains("10.244.0."), "{}", world.tables);
+    assert_eq!(world.state.as_ref().unwrap().problems().len(), 1);
+}
+
 #[test]
 fn a_pruned_address_is_forgotten() {
     let mut world = World::new(LIMITS);

@@ -70,12 +70,42 @@ fn list_items(kind: &str, mut document: Value) -> Result<Vec<Value>, Value> {
 
 /// One object of a known kind.
 pub fn decode_object(kind: Kind, object: Value, interner: &mut Interner) -> Result<Decoded, Error> {
+    decode(kind, object, interner)
+}
+
+/// One object of a known kind, from its text as JSON: nothing is built but what is read.
+pub fn decode_json(kind: Kind, object: &str, interner: &mut Interner) -> Result<Decoded, Error> {
+    decode(kind, object, interner)
+}
+
+fn decode(kind: Kind, object: impl Fields, interner: &mut Interner) -> Result<Decoded, Error> {
     match kind {
-        Kind::Service => decode_service(typed(kind, object, interner)?, interner),
-        Kind::EndpointSlice => decode_slice(typed(kind, object, interner)?, interner),
-        Kind::Endpoints => decode_endpoints(typed(kind, object, interner)?, interner),
-        Kind::Node => decode_node(typed(kind, object, interner)?, interner),
-        Kind::ServiceCidr => decode_service_cidr(typed(kind, object, interner)?, interner),
+        Kind::Service => decode_service(object.read(kind, interner)?, interner),
+        Kind::EndpointSlice => decode_slice(object.read(kind, interner)?, interner),
+        Kind::Endpoints => decode_endpoints(object.read(kind, interner)?, interner),
+        Kind::Node => decode_node(object.read(kind, interner)?, interner),
+        Kind::ServiceCidr => decode_service_cidr(object.read(kind, interner)?, interner),
+    }
+}
+
+/// What an object can be read from. An error names the field whose type is wrong.
+trait Fields {
+    fn read<T: DeserializeOwned>(self, kind: Kind, interner: &mut Interner) -> Result<T, Error>;
+}
+
+impl Fields for Value {
+    fn read<T: DeserializeOwned>(self, kind: Kind, interner: &mut Interner) -> Result<T, Error> {
+        typed(kind, self, interner)
+    }
+}
+
+impl Fields for &str {
+    fn read<T: DeserializeOwned>(self, kind: Kind, interner: &mut Interner) -> Result<T, Error> {
+        // What does not fit is read a second time, for the name of the field.
+        serde_json::from_str(self).or_else(|error| match serde_json::from_str(self) {
+            Ok(object) => typed(kind, object, interner),
+            Err(_) => Err(Error { key: None, error: FieldError::new("", error.to_string()) }),
+        })
     }
 }
 

@@ -440,3 +440,227 @@ fn is_quiet(metadata: &Metadata) -> bool {
     let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
     !SystemTime::now().duration_since(modified).is_ok_and(|age| age < QUIET)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Kind, Object};
+    use notify::event::{CreateKind, DataChange};
+    use std::os::unix::fs::symlink;
+
+    /// A source on a folder of its own.
+    struct Running {
+        _dir: tempfile::TempDir,
+        path: PathBuf,
+        updates: mpsc::Receiver<Update>,
+    }
+
+    fn service(port: u16) -> String {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: web}}\n\
+             spec: {{clusterIP: 10.96.0.1, ports: [{{port: {port}}}]}}\n"
+        )
+    }
+
+    /// Puts a file in place as a whole.
+    fn put(path: &Path, text: &str) {
+        let draft = path.with_extension("draft");
+        fs::write(&draft, text).unwrap();
+        fs::rename(draft, path).unwrap();
+    }
+
+    impl Running {
+        /// Starts with what `prepare` puts into the folder, which is at the returned path below a fresh one.
+        async fn start(prepare: impl FnOnce(&Path) -> PathBuf) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let path = prepare(dir.path());
+            let (sender, updates) = mpsc::channel(64);
+            tokio::spawn(Manifests::new(path.clone(), sender).run());
+            let mut running = Self { _dir: dir, path, updates };
+            for kind in Kind::ALL {
+                running.until(|event| *event == Event::InitDone(kind)).await;
+            }
+            running
+        }
+
+        /// The next event that is looked for; the test runner's patience is the limit.
+        async fn until(&mut self, wanted: impl Fn(&Event) -> bool) -> Event {
+            loop {
+                let update = self.updates.recv().await.expect("the source runs until nobody listens");
+                if wanted(&update.event) {
+                    return update.event;
+                }
+            }
+        }
+
+        async fn port(&mut self) -> u16 {
+            match self.until(|event| matches!(event, Event::Apply(_) | Event::Delete(_))).await {
+                Event::Apply(Object::Service { service, .. }) => service.ports[0].port.0,
+                other => panic!("{other:?}"),
+            }
+        }
+
+        async fn deleted(&mut self) -> String {
+            match self.until(|event| matches!(event, Event::Apply(_) | Event::Delete(_))).await {
+                Event::Delete(key) => key.to_string(),
+                other => panic!("{other:?}"),
+            }
+        }
+
+        async fn problem(&mut self) -> String {
+            let problems = self.until(|event| matches!(event, Event::Problems(list) if !list.is_empty())).await;
+            let Event::Problems(problems) = problems else { unreachable!("only such events are let through") };
+            problems[0].to_string()
+        }
+    }
+
+    fn plain(dir: &Path) -> PathBuf {
+        fs::write(dir.join("web.yaml"), service(1)).unwrap();
+        dir.to_owned()
+    }
+
+    #[tokio::test]
+    async fn files_are_followed() {
+        let mut running = Running::start(plain).await;
+        put(&running.path.join("web.yaml"), &service(2));
+        assert_eq!(running.port().await, 2);
+        fs::write(running.path.join("web.yaml"), service(3)).unwrap();
+        assert_eq!(running.port().await, 3);
+        fs::remove_file(running.path.join("web.yaml")).unwrap();
+        assert_eq!(running.deleted().await, "Service default/web");
+        fs::write(running.path.join(".hidden.yaml"), service(4)).unwrap();
+        fs::write(running.path.join("other.json"), "{\"apiVersion\":\"v1\",\"kind\":\"Service\",\"metadata\":{\"name\":\"web\"},\"spec\":{\"ports\":[{\"port\":5}]}}").unwrap();
+        assert_eq!(running.port().await, 5);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_removed_and_made_again_is_never_gone() {
+        let mut running = Running::start(plain).await;
+        fs::remove_file(running.path.join("web.yaml")).unwrap();
+        put(&running.path.join("web.yaml"), &service(2));
+        assert_eq!(running.port().await, 2);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_does_not_parse_is_reported_and_keeps_what_it_had() {
+        let mut running = Running::start(plain).await;
+        put(&running.path.join("web.yaml"), "kind: [");
+        assert!(running.problem().await.contains("web.yaml: does not parse as YAML"));
+        put(&running.path.join("web.yaml"), &service(2));
+        assert_eq!(running.port().await, 2);
+    }
+
+    /// As the kubelet does with a ConfigMap: files are links through `..data`, which is turned.
+    #[tokio::test]
+    async fn a_turned_data_link_counts_for_all_files_at_once() {
+        let prepare = |dir: &Path| {
+            for (version, port) in [("..1", 1), ("..2", 2)] {
+                fs::create_dir(dir.join(version)).unwrap();
+                fs::write(dir.join(version).join("web.yaml"), service(port)).unwrap();
+            }
+            symlink("..1", dir.join("..data")).unwrap();
+            symlink("..data/web.yaml", dir.join("web.yaml")).unwrap();
+            dir.to_owned()
+        };
+        let mut running = Running::start(prepare).await;
+        symlink("..2", running.path.join("..new")).unwrap();
+        fs::rename(running.path.join("..new"), running.path.join("..data")).unwrap();
+        assert_eq!(running.port().await, 2);
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_a_link_may_be_turned() {
+        let prepare = |dir: &Path| {
+            for (version, port) in [("1", 1), ("2", 2)] {
+                fs::create_dir(dir.join(version)).unwrap();
+                fs::write(dir.join(version).join("web.yaml"), service(port)).unwrap();
+            }
+            symlink("1", dir.join("current")).unwrap();
+            dir.join("current")
+        };
+        let mut running = Running::start(prepare).await;
+        let dir = running.path.parent().unwrap().to_owned();
+        symlink("2", dir.join("new")).unwrap();
+        fs::rename(dir.join("new"), dir.join("current")).unwrap();
+        assert_eq!(running.port().await, 2);
+        put(&dir.join("2").join("web.yaml"), &service(3));
+        assert_eq!(running.port().await, 3);
+    }
+
+    #[tokio::test]
+    async fn what_a_link_points_to_is_looked_at_now_and_then() {
+        let prepare = |dir: &Path| {
+            fs::create_dir(dir.join("elsewhere")).unwrap();
+            fs::create_dir(dir.join("manifests")).unwrap();
+            fs::write(dir.join("elsewhere/web.yaml"), service(1)).unwrap();
+            symlink("../elsewhere/web.yaml", dir.join("manifests/web.yaml")).unwrap();
+            dir.join("manifests")
+        };
+        let mut running = Running::start(prepare).await;
+        put(&running.path.parent().unwrap().join("elsewhere/web.yaml"), &service(2));
+        assert_eq!(running.port().await, 2);
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_not_there_is_an_error() {
+        let (sender, _updates) = mpsc::channel(1);
+        let result = Manifests::new(PathBuf::from("/nowhere/to/be/found"), sender).run().await;
+        assert!(result.unwrap_err().to_string().ends_with("/nowhere/to/be/found"));
+    }
+
+    fn event(kind: EventKind, path: &str) -> notify::Result<notify::Event> {
+        Ok(notify::Event::new(kind).add_path(Path::new("/m").join(path)))
+    }
+
+    #[test]
+    fn a_file_under_way_waits_for_its_writer() {
+        let written = EventKind::Modify(ModifyKind::Data(DataChange::Any));
+        let closed = EventKind::Access(AccessKind::Close(AccessMode::Write));
+        let mut news = AllNews::default();
+        news.add(Path::new("/m"), event(EventKind::Create(CreateKind::File), "web.yaml"));
+        news.add(Path::new("/m"), event(written, "web.yaml"));
+        assert_eq!(news.files["web.yaml"], News::Written);
+        let (mut schedule, now) = (Schedule::default(), Instant::now());
+        schedule.take(news, now);
+        assert!(schedule.due(now).files.is_empty());
+        let mut news = AllNews::default();
+        news.add(Path::new("/m"), event(closed, "web.yaml"));
+        schedule.take(news, now);
+        assert_eq!(schedule.due(now).files, [("web.yaml".to_owned(), Look::AtOnce)]);
+        assert_eq!(schedule.next(), None);
+    }
+
+    #[test]
+    fn files_that_are_no_manifests_are_no_news() {
+        let mut news = AllNews::default();
+        for name in [".web.yaml.swp", "README", "web.yaml.draft", "sub/web.yaml"] {
+            news.add(Path::new("/m"), event(EventKind::Access(AccessKind::Close(AccessMode::Write)), name));
+        }
+        assert_eq!(news, AllNews::default());
+        news.add(Path::new("/m"), event(EventKind::Modify(ModifyKind::Name(RenameMode::To)), "..data"));
+        assert!(news.of_everything);
+    }
+
+    #[test]
+    fn lost_messages_mean_that_everything_may_be_different() {
+        let mut news = AllNews::default();
+        news.add(Path::new("/m"), Err(notify::Error::generic("queue overflow")));
+        assert!(news.of_everything);
+    }
+
+    #[test]
+    fn a_file_that_was_just_written_is_left_alone_unless_it_is_known_to_be_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("web.yaml"), service(1)).unwrap();
+        let mut disk = Disk::new(dir.path().to_owned());
+        let mut unsettled = Vec::new();
+        assert!(disk.look_at("web.yaml", Look::WhenQuiet, &mut unsettled).is_empty());
+        assert_eq!(unsettled, ["web.yaml"]);
+        assert_eq!(disk.look_at("web.yaml", Look::AtOnce, &mut unsettled).len(), 1);
+        fs::remove_dir_all(dir.path()).unwrap();
+        assert!(
+            disk.look_at("web.yaml", Look::AtOnce, &mut unsettled).is_empty(),
+            "a folder that is gone takes nothing along"
+        );
+    }
+}
