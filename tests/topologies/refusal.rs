@@ -1,0 +1,161 @@
+//! Connections that cannot be: refused at once where a client should know, dropped and counted where it should not.
+
+use std::net::{IpAddr, SocketAddr};
+
+use shunt_tests::manifests::{Endpoint, service};
+use shunt_tests::place::Place;
+use shunt_tests::probe::UdpOnce;
+use shunt_tests::topology::{Family, Offloads, Overlay, Plan, PodLink, SERVICES};
+use shunt_tests::wait;
+
+use crate::rig::{Frontend, Offer, PORT, Proto, Rig};
+use crate::talk::{Tcp, Udp};
+
+const EMPTY: Offer = Offer::new(1, "empty");
+const WEB: Offer = Offer::new(2, "web");
+
+/// The client's call fails with ECONNREFUSED. (A datagram socket is told of it when it is connected.)
+#[track_caller]
+fn assert_refused(place: &Place, proto: Proto, to: SocketAddr) {
+    let failure = match proto {
+        Proto::Tcp => place.tcp(to).expect_err("nobody serves it"),
+        Proto::Udp => {
+            let once = UdpOnce { to: vec![to], bind: None, is_connected: true, mapped: false, payload: 40 };
+            place.udp_with(once).pop().expect("one outcome").expect_err("nobody serves it")
+        }
+    };
+    assert_eq!(failure.reason, "ECONNREFUSED", "{} to {to} {proto:?}: {failure}", place.name());
+}
+
+/// Clients of all kinds, and whether their sockets are hooked on node-1.
+fn clients(rig: &Rig) -> [(Place, bool); 4] {
+    let (node, pod) = (rig.node(0), &rig.node(0).pods[1]);
+    [
+        (pod.place.clone(), true),
+        (pod.place.unhooked(), false),
+        (node.place.clone(), true),
+        (rig.cluster.client.place.clone(), false),
+    ]
+}
+
+#[track_caller]
+fn nobody_is_left_waiting(plan: Plan) {
+    let rig = Rig::build(plan);
+    rig.cluster.route_vips(rig.node(0));
+    rig.apply(&[&EMPTY.service(), &WEB.to(&rig.node(0).pods[0])]);
+    for (place, is_hooked) in clients(&rig) {
+        for family in Family::ALL {
+            for proto in Proto::ALL {
+                let what = format!("{} {family:?} {proto:?}", place.name());
+                for frontend in Frontend::ALL {
+                    let to = EMPTY.at(frontend, rig.node(0), family);
+                    let ((), counted) = rig.counted(0, || assert_refused(&place, proto, to));
+                    assert_eq!((counted.refused, counted.drops("no_endpoint")), (1, 1), "{what} {frontend:?}");
+                    assert_eq!(counted.sockets + counted.packets, 0, "{what} {frontend:?}, hooked: {is_hooked}");
+                }
+                let unknown = WEB.cluster_ip().port(family, PORT + 1);
+                let ((), counted) = rig.counted(0, || assert_refused(&place, proto, unknown));
+                assert_eq!(counted.drops("unknown_port"), 1, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn missing_endpoints_and_unknown_ports_refuse_routed_clients() {
+    nobody_is_left_waiting(Plan::default().strict());
+}
+
+#[test]
+fn missing_endpoints_and_unknown_ports_refuse_clients_without_offloads() {
+    nobody_is_left_waiting(Plan { offloads: Offloads::Off, ..Plan::default() });
+}
+
+#[test]
+fn missing_endpoints_and_unknown_ports_refuse_clients_on_a_bridge() {
+    let pod_link = PodLink::Bridge { calls_netfilter: false, is_hairpin: false };
+    nobody_is_left_waiting(Plan { pod_link, ..Plan::default().strict() });
+}
+
+#[test]
+fn missing_endpoints_and_unknown_ports_refuse_clients_of_flannel() {
+    nobody_is_left_waiting(Plan { overlay: Overlay::Vxlan, ..Plan::flannel(1) });
+}
+
+/// Dropped without an answer: the node counts it.
+#[track_caller]
+pub fn assert_dropped(rig: &Rig, place: &Place, to: SocketAddr, reason: &str) {
+    let dropped = |since: u64| wait::until(reason, || rig.counters(0).drops(reason) > since);
+    place.run(|| {
+        let before = rig.counters(0).drops(reason);
+        let udp = Udp::open(0, to).expect("a port is free");
+        udp.send(to).expect("it is sent");
+        dropped(before);
+        assert!(!udp.has_answer(), "{to} answered");
+        let before = rig.counters(0).drops(reason);
+        let dial = std::thread::scope(|scope| {
+            let dial = scope.spawn(|| place.run(|| Tcp::dial_briefly(to)));
+            dropped(before);
+            dial.join().expect("it does not panic")
+        });
+        assert_eq!(dial.expect_err("nobody answers").kind(), std::io::ErrorKind::TimedOut, "{to}");
+    });
+}
+
+#[test]
+fn unallocated_service_addresses_are_dropped() {
+    let rig = Rig::build(Plan::default());
+    rig.cluster.route_vips(rig.node(0));
+    rig.apply(&[&WEB.to(&rig.node(0).pods[0])]);
+    for family in Family::ALL {
+        let to = SERVICES.host(4_000).port(family, PORT);
+        for place in [&rig.node(0).pods[1].place.unhooked(), &rig.cluster.client.place] {
+            assert_dropped(&rig, place, to, "unallocated_service_address");
+        }
+    }
+}
+
+#[test]
+fn processes_of_the_node_outside_the_hooked_group_are_refused_and_named() {
+    let rig = Rig::build(Plan::default());
+    rig.apply(&[&WEB.to(&rig.node(0).pods[0])]);
+    let place = rig.node(0).place.unhooked();
+    for family in Family::ALL {
+        for proto in Proto::ALL {
+            let to = WEB.at(Frontend::ClusterIp, rig.node(0), family);
+            let ((), counted) = rig.counted(0, || assert_refused(&place, proto, to));
+            assert_eq!(counted.drops.keys().collect::<Vec<_>>(), ["host_unhooked"], "{family:?} {proto:?}");
+        }
+    }
+}
+
+#[test]
+fn a_ping_to_a_cluster_ip_is_answered_as_unreachable() {
+    let rig = Rig::build(Plan::default());
+    rig.apply(&[&WEB.to(&rig.node(0).pods[0])]);
+    let pod = &rig.node(0).pods[1];
+    for family in Family::ALL {
+        let to: IpAddr = WEB.cluster_ip().get(family);
+        let mut ping = pod.place.ns().command("ping");
+        let output = ping.args(["-c", "1", "-W", "5", &to.to_string()]).output().expect("ping runs");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.to_lowercase().contains("port unreachable"), "{text}");
+    }
+}
+
+/// Live connections to a service whose last endpoint goes are not refused: only new ones are.
+#[test]
+fn the_last_endpoint_goes_and_its_connections_stay() {
+    let rig = Rig::build(Plan::default());
+    let pod = &rig.node(0).pods[1];
+    rig.apply(&[&WEB.to(&rig.node(0).pods[0])]);
+    for family in Family::ALL {
+        let to = WEB.at(Frontend::ClusterIp, rig.node(0), family);
+        rig.apply(&[&WEB.to(&rig.node(0).pods[0])]);
+        let mut held = pod.place.run(|| Tcp::dial(0, to).expect("it is served"));
+        held.ask().expect("it is answered");
+        rig.apply(&[&service("other").cluster_ips(SERVICES.host(50)).tcp(1, 1), &WEB.service().endpoints(Vec::<Endpoint>::new())]);
+        assert_refused(&pod.place.unhooked(), Proto::Tcp, to);
+        held.ask().expect("it lives on");
+    }
+}

@@ -1,0 +1,102 @@
+//! Conversations that a test holds open in its own process, several at a time, from ports of its choice. They run in a
+//! thread of a namespace, outside of every hooked control group: by the packet path.
+
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use serde_json::Value;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use shunt_tests::probe::TIMEOUT;
+
+/// Who answered, and whom it saw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub server: String,
+    pub client: SocketAddr,
+}
+
+fn parse(line: &[u8]) -> Seen {
+    let identity: Value = serde_json::from_slice(line).expect("the server's identity");
+    let text = |field: &str| identity[field].as_str().expect("a text");
+    Seen { server: text("server").to_owned(), client: text("peer").parse().expect("an address") }
+}
+
+/// A TCP connection.
+#[derive(Debug)]
+pub struct Tcp(BufReader<TcpStream>);
+
+impl Tcp {
+    /// From any address and this port, 0 for any.
+    pub fn dial(port: u16, to: SocketAddr) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+        if port != 0 {
+            // Several connections share the port: their ends differ.
+            socket.set_reuse_address(true)?;
+            socket.set_reuse_port(true)?;
+            socket.bind(&any(to, port))?;
+        }
+        socket.connect_timeout(&SockAddr::from(to), TIMEOUT)?;
+        let stream = TcpStream::from(socket);
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// As [`Self::dial`], given up after a moment: for what is dropped.
+    pub fn dial_briefly(to: SocketAddr) -> io::Result<()> {
+        TcpStream::connect_timeout(&to, Duration::from_millis(300)).map(drop)
+    }
+
+    pub fn ask(&mut self) -> io::Result<Seen> {
+        self.0.get_ref().write_all(b"who\n")?;
+        let mut line = Vec::new();
+        if self.0.read_until(b'\n', &mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(parse(&line))
+    }
+}
+
+/// An unconnected UDP socket.
+#[derive(Debug)]
+pub struct Udp(UdpSocket);
+
+impl Udp {
+    /// Of the family of `like`, on this port, 0 for any.
+    pub fn open(port: u16, like: SocketAddr) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(like), Type::DGRAM, Some(Protocol::UDP))?;
+        socket.bind(&any(like, port))?;
+        let socket = UdpSocket::from(socket);
+        socket.set_read_timeout(Some(TIMEOUT))?;
+        Ok(Self(socket))
+    }
+
+    /// Sends `payload` and waits for the answer, which must come from where it was sent to and repeat the payload.
+    pub fn ask(&self, to: SocketAddr, payload: &[u8]) -> io::Result<Seen> {
+        self.0.send_to(payload, to)?;
+        let mut buffer = vec![0; 65535];
+        let (length, from) = self.0.recv_from(&mut buffer)?;
+        assert_eq!(from, to, "the source of the answer");
+        let end = buffer.iter().position(|&byte| byte == b'\n').expect("an identity and the payload");
+        assert!(buffer[end + 1..length] == *payload, "{} bytes came back of {}", length - end - 1, payload.len());
+        Ok(parse(&buffer[..end]))
+    }
+
+    /// Sends and does not wait.
+    pub fn send(&self, to: SocketAddr) -> io::Result<()> {
+        self.0.send_to(b"x", to).map(drop)
+    }
+
+    /// True if something comes within a moment; for what has been dropped by then, as a counter says.
+    pub fn has_answer(&self) -> bool {
+        self.0.set_read_timeout(Some(Duration::from_millis(50))).expect("a limit above zero");
+        self.0.recv(&mut [0; 2048]).is_ok()
+    }
+}
+
+fn any(like: SocketAddr, port: u16) -> SockAddr {
+    let ip = if like.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    SockAddr::from(SocketAddr::new(ip, port))
+}
