@@ -10,8 +10,8 @@ const BLESS: &str = "SHUNT_BLESS";
 /// Arguments of `bless`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Tests to bless: a suite, a package, or a part of the names of tests.
-    #[arg(default_value = "scenario")]
+    /// Tests to bless: a suite, a package, a file of tests, or a part of the names of tests.
+    #[arg(default_value = "scenarios")]
     name: String,
 }
 

@@ -45,6 +45,8 @@ pub enum Selection {
     Package(String),
     /// One suite.
     Suite(String),
+    /// One package's file of tests that need no privilege, by both names.
+    File(String, String),
     /// Every test whose name contains the text.
     Filter(String),
 }
@@ -54,6 +56,8 @@ pub enum Selection {
 pub struct Names {
     packages: Vec<String>,
     suites: Vec<String>,
+    /// Package and name of the other integration tests.
+    files: Vec<(String, String)>,
     libraries: Vec<String>,
     /// Source file and name of the programs of the suites' package.
     programs: Vec<(String, String)>,
@@ -78,7 +82,7 @@ impl Names {
         let is_wanted = |package: &&String| match selection {
             Selection::All | Selection::Unit => true,
             Selection::Package(name) => name == *package,
-            Selection::Suite(_) | Selection::Filter(_) => false,
+            Selection::Suite(_) | Selection::File(..) | Selection::Filter(_) => false,
         };
         self.libraries.iter().filter(is_wanted).map(String::as_str).collect()
     }
@@ -88,6 +92,7 @@ impl Names {
     /// Errors: `unit` together with a suite's name.
     pub fn select(&self, unit: bool, name: Option<&str>) -> Result<Selection> {
         let is_in = |names: &[String], name: &str| names.iter().any(|known| known == name);
+        let file = name.and_then(|name| self.files.iter().find(|(_, file)| file == name));
         Ok(match name {
             None if unit => Selection::Unit,
             None => Selection::All,
@@ -96,7 +101,10 @@ impl Names {
             }
             Some(name) if is_in(&self.suites, name) => Selection::Suite(name.into()),
             Some(name) if is_in(&self.packages, name) => Selection::Package(name.into()),
-            Some(name) => Selection::Filter(name.into()),
+            Some(name) => match file {
+                Some((package, file)) => Selection::File(package.clone(), file.clone()),
+                None => Selection::Filter(name.into()),
+            },
         })
     }
 }
@@ -111,6 +119,8 @@ fn parse_metadata(metadata: &Value) -> Names {
                 names.suites.push(text(&target["name"]));
             } else if package_name == SUITES_PACKAGE && has_kind(target, "bin") {
                 names.programs.push((text(&target["src_path"]), text(&target["name"])));
+            } else if has_kind(target, "test") {
+                names.files.push((package_name.clone(), text(&target["name"])));
             } else if has_kind(target, "lib") && target["doctest"] == true {
                 names.libraries.push(package_name.clone());
             }
@@ -137,6 +147,7 @@ pub fn build(selection: &Selection) -> Result<Vec<TestBinary>> {
         }
         Selection::Package(name) => &["--package", name, "--tests"],
         Selection::Suite(name) => &["--package", SUITES_PACKAGE, "--test", name],
+        Selection::File(package, name) => &["--package", package, "--test", name],
     };
     let mut cargo =
         Cmd::new("cargo").args(["test", "--no-run", "--message-format=json-render-diagnostics"]).args(which);
@@ -157,7 +168,7 @@ fn is_selected(binary: &TestBinary, selection: &Selection) -> bool {
     match selection {
         Selection::All | Selection::Filter(_) => true,
         Selection::Unit | Selection::Package(_) => !binary.is_privileged,
-        Selection::Suite(name) => *name == binary.target,
+        Selection::Suite(name) | Selection::File(_, name) => *name == binary.target,
     }
 }
 
@@ -184,7 +195,10 @@ mod tests {
 
     fn names() -> Names {
         parse_metadata(&serde_json::json!({ "packages": [
-            { "name": "proxy-common", "targets": [{ "name": "proxy_common", "kind": ["lib"], "doctest": true }] },
+            { "name": "proxy-common", "targets": [
+                { "name": "proxy_common", "kind": ["lib"], "doctest": true },
+                { "name": "scenarios", "kind": ["test"], "doctest": false },
+            ] },
             { "name": "shunt-tests", "targets": [
                 { "name": "shunt_tests", "kind": ["lib"], "doctest": true },
                 { "name": "shunt-demo", "kind": ["bin"], "src_path": "/src/tests/src/bin/demo.rs", "doctest": false },
@@ -194,12 +208,13 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_a_suite_a_package_or_else_a_filter() {
+    fn a_name_is_a_suite_a_package_a_file_or_else_a_filter() {
         let select = |unit, name| names().select(unit, name).expect("can be selected");
         assert_eq!(select(false, None), Selection::All);
         assert_eq!(select(true, None), Selection::Unit);
         assert_eq!(select(false, Some("lifetime")), Selection::Suite("lifetime".into()));
         assert_eq!(select(false, Some("proxy-common")), Selection::Package("proxy-common".into()));
+        assert_eq!(select(true, Some("scenarios")), Selection::File("proxy-common".into(), "scenarios".into()));
         assert_eq!(select(true, Some("demo")), Selection::Filter("demo".into()));
         assert!(names().select(true, Some("lifetime")).is_err());
     }

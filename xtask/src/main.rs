@@ -45,7 +45,7 @@ enum Command {
     BuildAndLoad(build_and_load::Args),
     /// Show it working in throwaway network namespaces.
     Demo(demo::Args),
-    /// Run the tests: all (root or sudo), --unit (no privilege), or one suite, package or name.
+    /// Run the tests: all (root or sudo), --unit (no privilege), or by name.
     Test(test::Args),
     /// Check format, clippy, where unsafe code lives, and links, on the host's and the eBPF crate.
     Lint,

@@ -28,7 +28,7 @@ pub struct Args {
     /// Only what needs no privilege.
     #[arg(long)]
     pub unit: bool,
-    /// A suite, a package, or a part of the names of tests.
+    /// A suite, a package, a file of tests, or a part of the names of tests.
     pub name: Option<String>,
     /// Arguments for the test binaries, such as `--nocapture`.
     #[arg(last = true)]
@@ -74,7 +74,7 @@ pub fn run(args: &Args) -> Result<()> {
 fn run_selected(args: &Args, report: &mut Report) -> Result<()> {
     let names = Names::look()?;
     let selection = names.select(args.unit, args.name.as_deref())?;
-    prepare(&selection)?;
+    prepare(&selection, args.unit)?;
     let binaries = cargo_test::build(&selection)?;
     let mut libtest_args = args.libtest.clone();
     if let Selection::Filter(filter) = &selection {
@@ -94,12 +94,15 @@ fn run_selected(args: &Args, report: &mut Report) -> Result<()> {
 }
 
 /// Makes sure of what the selection needs before anything is run.
-fn prepare(selection: &Selection) -> Result<()> {
+fn prepare(selection: &Selection, is_unit: bool) -> Result<()> {
     need::ensure(&build::NEEDS)?;
     match selection {
         // These two embed no BPF object.
         Selection::Package(name) if name == "proxy-common" || name == "xtask" => Ok(()),
-        Selection::Unit | Selection::Package(_) => build::object(&toolchain::ensure(Choice::Auto)?),
+        Selection::Unit | Selection::Package(_) | Selection::File(..) => {
+            build::object(&toolchain::ensure(Choice::Auto)?)
+        }
+        Selection::Filter(_) if is_unit => build::object(&toolchain::ensure(Choice::Auto)?),
         Selection::All | Selection::Suite(_) | Selection::Filter(_) => {
             ensure_suites_can_run()?;
             build::run(&build::Args::default())
