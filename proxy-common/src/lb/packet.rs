@@ -113,6 +113,14 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
     Some(Verdict::Rewrite(rewrite))
 }
 
+/// True if a frame that a bridge switches past this node may concern us all the same: it goes to a backend itself, and its
+/// sender may have a translated connection with the same ends. What it dials otherwise is another machine's affair.
+#[inline(always)]
+pub fn may_be_direct<T: Tables>(tables: &T, packet: &Parsed) -> bool {
+    let class = tables.address(&packet.outer_dst);
+    class.has(AddressClass::BACKEND) && !class.has(AddressClass::FRONTEND | AddressClass::NODE)
+}
+
 /// The refusal of a TCP segment that would open a connection nobody can serve; `None` for everything else. What
 /// [`ingress`] says too, for hooks that come before it.
 #[inline(always)]
@@ -309,10 +317,16 @@ fn front_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed, established: &mut bo
     if front.is_some() { front } else { flows.pending(&key) }
 }
 
-/// The plain entry of a flow, given its client's packet and the rewrite of its front entry.
+/// The plain entry of a flow, given its client's packet and the rewrite of its front entry. `None` also if another flow has
+/// taken the place since: what happens to that one is not this one's affair.
 #[inline(never)]
 fn plain_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed, rewrite: &Rewrite) -> Option<FlowRef<'a>> {
-    find(flows, &plain_tuple(&packet.tuple, rewrite).plain_key().0)
+    let plain = find(flows, &plain_tuple(&packet.tuple, rewrite).plain_key().0)?;
+    let own_port = if rewrite.other_port.is_zero() { Be16::ZERO } else { packet.tuple.sport };
+    let is_ours = plain.fixed(|value| {
+        value.peer == packet.tuple.dst && value.peer_port == packet.tuple.dport && value.alias_port == own_port
+    });
+    if is_ours { Some(plain) } else { None }
 }
 
 /// What becomes of a client's packet by the entries that exist.
@@ -764,14 +778,48 @@ fn claim_plain<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> boo
         if !is_over(flows, plain.proto, other) {
             return false;
         }
+        forget_others(flows, plain, client_is_a, other);
         flows.remove(&key);
     }
     if flows.insert_pending(&key, value, true) {
         return true;
     }
     match flows.pending(&key) {
-        Some(other) if is_over(flows, plain.proto, other) => flows.insert_pending(&key, value, false),
+        Some(other) if is_over(flows, plain.proto, other) => {
+            forget_others(flows, plain, client_is_a, other);
+            flows.insert_pending(&key, value, false)
+        }
         _ => false,
+    }
+}
+
+/// Removes what a flow that is over has besides its plain entry, which another takes: packets that straggle would follow
+/// its front entry into the new flow.
+#[inline(never)]
+fn forget_others<F: Flows>(flows: &F, plain: &Tuple, client_is_a: bool, other: FlowRef<'_>) {
+    let same_way = other.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == client_is_a;
+    let mut tuple = if same_way { *plain } else { plain.reversed() };
+    if other.fixed(|value| value.has(FlowValue::SNAT)) {
+        let mut reply = tuple.reversed();
+        reply.dst = other.fixed(|value| value.nat);
+        reply.dport = other.fixed(|value| value.nat_port);
+        flows.remove(&reply.snat_key());
+    }
+    let (backend, backend_port, sport) = (tuple.dst, tuple.dport, tuple.sport);
+    let alias = other.fixed(|value| value.alias_port);
+    tuple.dst = other.fixed(|value| value.peer);
+    tuple.dport = other.fixed(|value| value.peer_port);
+    tuple.sport = if alias.is_zero() { sport } else { alias };
+    let expected = if alias.is_zero() { Be16::ZERO } else { sport };
+    let key = tuple.front_key();
+    // The client may have begun anew there, to another backend or by another port.
+    let leads_here = |front: FlowRef<'_>| {
+        front.fixed(|value| {
+            value.peer == backend && value.peer_port == backend_port && value.alias_port == expected
+        })
+    };
+    if find(flows, &key).is_some_and(leads_here) {
+        flows.remove(&key);
     }
 }
 
@@ -896,6 +944,14 @@ fn leaving<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
     let (key, src_first) = packet.tuple.plain_key();
     let Some(plain) = find(flows, &key) else { return untranslated(flows, packet) };
     let from_client = plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first;
+    // Once its port is put back, the reply of a direct connection looks like that of the flow it clashed with: it is
+    // translated at the client's device alone, not at a bridge on the way there too.
+    if !from_client
+        && plain.fixed(|value| value.has(FlowValue::DIRECT))
+        && plain.fixed(|value| value.ifindex) != flows.ifindex()
+    {
+        return PASS;
+    }
     match packet.kind {
         Kind::IcmpRedirect => return Verdict::Refuse(DropReason::Redirect, Refusal::Drop),
         Kind::IcmpError => {}

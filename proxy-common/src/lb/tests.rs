@@ -357,6 +357,68 @@ fn one_client_port_to_two_vips_and_to_the_backend_itself_makes_three_connections
     }
 }
 
+/// Two services with one backend.
+fn two_services(proto: Proto) -> World {
+    let mut world = World::new();
+    for cluster_ip in ["10.96.0.10", "10.96.0.20"] {
+        let service = world.add_service(&[("10.244.1.5", 8080, true), ("10.244.1.5", 8080, true)], proto);
+        world.add_frontend(service, cluster_ip, 80, proto, CLUSTER_IP);
+    }
+    world
+}
+
+#[test]
+fn a_finished_connection_never_touches_the_one_that_took_its_ends() {
+    let world = two_services(Proto::TCP);
+    let [one, two] = ["10.96.0.10", "10.96.0.20"].map(|vip| tuple("10.244.1.50", 5555, vip, 80, Proto::TCP));
+    let first = open(&world, one);
+    send(&world, &first, tcp::FIN | tcp::ACK, 501);
+    reply(&world, &first, tcp::FIN | tcp::ACK, 501);
+    let second = open(&world, two);
+    assert_eq!(second.seen, first.seen, "the ends are free");
+    // A straggler of the first is no affair of the second.
+    let straggler = packet(&one, tcp::RST, 102, 0, b"");
+    assert_eq!(enters(&world, straggler), Err((DropReason::NoConnection, Refusal::Reject)));
+    reply(&world, &second, tcp::ACK, 501);
+    // The first service again, from the same port: another way to the backend.
+    let third = open(&world, one);
+    assert_ne!(third.seen, second.seen);
+    for connection in [&second, &third] {
+        reply(&world, connection, tcp::ACK, 501);
+        send(&world, connection, tcp::ACK, 507);
+    }
+}
+
+#[test]
+fn a_finished_connection_with_a_rewritten_source_leaves_nothing_behind_when_its_ends_are_taken() {
+    let mut world = World::new();
+    for external in ["198.51.100.1", "198.51.100.2"] {
+        let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+        world.add_frontend(service, external, 80, Proto::TCP, 0);
+    }
+    let [one, two] = ["198.51.100.1", "198.51.100.2"].map(|vip| tuple("203.0.113.5", 5555, vip, 80, Proto::TCP));
+    let first = open(&world, one);
+    send(&world, &first, tcp::FIN | tcp::ACK, 501);
+    reply(&world, &first, tcp::FIN | tcp::ACK, 501);
+    open(&world, two);
+    assert_eq!(established(&world), 3, "front, plain and snat of the second");
+}
+
+#[test]
+fn a_reply_of_a_direct_connection_is_translated_at_the_clients_device_only() {
+    let world = two_services(Proto::TCP);
+    let port = world.ifindex.get();
+    open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP));
+    let direct = dial(&world, tuple("10.244.1.50", 5555, "10.244.1.5", 8080, Proto::TCP)).expect("a backend");
+    assert_ne!(direct.seen, direct.dialled);
+    let answer = packet(&direct.seen.reversed(), tcp::SYN | tcp::ACK, 500, 101, b"");
+    world.ifindex.set(port + 1);
+    let at_bridge = leaves(&world, answer.clone()).expect("out");
+    assert_eq!(at_bridge, answer, "the bridge comes first");
+    world.ifindex.set(port);
+    assert_eq!(tuple_of(&leaves(&world, at_bridge).expect("out")), direct.dialled.reversed());
+}
+
 #[test]
 fn a_direct_connection_that_was_there_first_is_not_disturbed() {
     let world = with_service(Proto::TCP);

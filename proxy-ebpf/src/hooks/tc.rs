@@ -91,21 +91,20 @@ fn go_on(skb: SkBuff, place: Place, program: u32) {
 
 #[classifier]
 pub fn ingress(ctx: TcContext) -> i32 {
-    enter(SkBuff(ctx.skb.skb), Place { link: Link::Ethernet, end: End::Destination, is_port: false, clash: false })
+    enter(SkBuff(ctx.skb.skb), Place { link: Link::Ethernet, end: End::Destination, is_port: false, clash: false }, false)
 }
 
 #[classifier]
 pub fn ingress_l3(ctx: TcContext) -> i32 {
-    enter(SkBuff(ctx.skb.skb), Place { link: Link::None, end: End::Destination, is_port: false, clash: false })
+    enter(SkBuff(ctx.skb.skb), Place { link: Link::None, end: End::Destination, is_port: false, clash: false }, false)
 }
 
 #[classifier]
 pub fn ingress_port(ctx: TcContext) -> i32 {
     let skb = SkBuff(ctx.skb.skb);
-    if !goes_to_bridge(&skb) {
-        return NEXT;
-    }
-    enter(skb, Place { link: Link::Ethernet, end: End::Destination, is_port: true, clash: false })
+    let place = Place { link: Link::Ethernet, end: End::Destination, is_port: true, clash: false };
+    let is_switched = !goes_to_bridge(&skb);
+    enter(skb, place, is_switched)
 }
 
 #[classifier]
@@ -246,7 +245,7 @@ pub fn answer(ctx: TcContext) -> i32 {
     answer::reject(skb, place.link, parsed, place.end)
 }
 
-/// True if the frame is for the bridge itself, that is, for this node: the others are switched, and nobody's business.
+/// True if the frame is for the bridge itself, that is, for this node; the others are switched.
 #[inline(always)]
 fn goes_to_bridge(skb: &SkBuff) -> bool {
     // SAFETY: plain words; the agent replaces elements as a whole.
@@ -265,17 +264,23 @@ fn parse<const QUOTES: bool>(skb: &SkBuff, link: Link) -> Option<Parsed> {
     }
 }
 
+/// `is_switched`: the frame will not come to this node.
 #[inline(always)]
-fn enter(skb: SkBuff, place: Place) -> i32 {
+fn enter(skb: SkBuff, place: Place, is_switched: bool) -> i32 {
     // A frame that the device took for others (another MAC address) is none of ours; a bridge port's are asked above.
     if !place.is_port && skb.packet_type() != PACKET_HOST {
         return NEXT;
     }
-    let Some(parsed) = parse::<false>(&skb, place.link) else { return read_if_short(skb, place) };
+    let Some(parsed) = parse::<false>(&skb, place.link) else {
+        return if is_switched { NEXT } else { read_if_short(skb, place) };
+    };
+    let env = Env { ctx: Device { skb, is_port: place.is_port } };
+    if is_switched && !packet::may_be_direct(&env, &parsed) {
+        return NEXT;
+    }
     if parsed.kind == Kind::Other && skb.is_short() {
         return read_if_short(skb, place);
     }
-    let env = Env { ctx: Device { skb, is_port: place.is_port } };
     match packet::ingress_known(&env, &parsed) {
         Some(verdict) => act(skb, place, &parsed, verdict),
         None => {
