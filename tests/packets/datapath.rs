@@ -43,6 +43,7 @@ pub enum Outcome {
 /// The loaded programs and their maps.
 pub struct Datapath {
     ingress: SchedClassifier,
+    ingress_port: SchedClassifier,
     egress: SchedClassifier,
     /// The maps, by name.
     pub maps: MapFds,
@@ -69,6 +70,7 @@ impl Datapath {
         };
         Self {
             ingress: program("ingress"),
+            ingress_port: program("ingress_port"),
             egress: program("egress"),
             maps: loaded.maps,
             ns: ns.clone(),
@@ -78,10 +80,27 @@ impl Datapath {
 
     /// What the program of `hook` does with `frame` on the device.
     pub fn run(&self, hook: Hook, ifindex: u32, frame: &[u8]) -> Outcome {
+        // The programs ask for routes and sockets of the namespace that runs them.
+        self.ns.run(|| self.run_here(hook, ifindex, frame))
+    }
+
+    /// How many of the frames `is_counted` says yes to, each run through the program of `hook`.
+    pub fn run_all(
+        &self,
+        hook: Hook,
+        ifindex: u32,
+        frames: impl Iterator<Item = Vec<u8>> + Send,
+        is_counted: impl Fn(&Outcome) -> bool + Sync,
+    ) -> usize {
+        self.ns.run(|| frames.filter(|frame| is_counted(&self.run_here(hook, ifindex, frame))).count())
+    }
+
+    fn run_here(&self, hook: Hook, ifindex: u32, frame: &[u8]) -> Outcome {
         let mut out = vec![0; ROOM];
         let context = Context::on_device(ifindex);
         let program = match hook {
             Hook::Ingress => &self.ingress,
+            Hook::IngressPort => &self.ingress_port,
             Hook::Egress => &self.egress,
         };
         let options = TestRunOptions {
@@ -90,10 +109,8 @@ impl Datapath {
             ctx_in: Some(&context.0),
             ..TestRunOptions::default()
         };
-        // The programs ask for routes and sockets of the namespace that runs them.
-        let result = self
-            .ns
-            .run(|| program.test_run(options))
+        let result = program
+            .test_run(options)
             .unwrap_or_else(|error| panic!("cannot run {hook:?} on {} bytes: {error:?}", frame.len()));
         out.truncate(result.data_size_out as usize);
         // TC_ACT_UNSPEC, TC_ACT_SHOT, TC_ACT_REDIRECT (uapi/linux/pkt_cls.h).

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::verdict::DropReason;
-use shunt_tests::nat::{Expected, Hook, Nat, check_answer};
+use shunt_tests::nat::{Bridge, Expected, Facts, Hook, Nat, Set, Spot, check_answer};
 use shunt_tests::netns::Netns;
-use shunt_tests::packet::{Error, Link, Packet, assert_frame, error, flag, hex, proto};
+use shunt_tests::packet::{Error, Link, Packet, assert_frame, error, flag, hex};
 use shunt_tests::topology::{Cluster, Family, Plan};
 
 use crate::datapath::{Datapath, Outcome};
-use crate::{tables, world};
+use crate::tables::{self, Tables};
+use crate::world;
 
 /// A device of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,14 +37,6 @@ pub enum Proto {
 impl Proto {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
-
-    /// Its number.
-    pub fn number(self) -> u8 {
-        match self {
-            Self::Tcp => proto::TCP,
-            Self::Udp => proto::UDP,
-        }
-    }
 }
 
 /// Calls `test` for every family and protocol; a failure tells which.
@@ -59,26 +52,91 @@ pub fn each(mut test: impl FnMut(Family, Proto)) {
 /// A node with the services of [`world`], and the reference that follows it.
 pub struct Lab {
     datapath: Datapath,
+    tables: Tables,
     /// The reference.
     pub nat: Nat,
+    /// By number: 0 is `eth0`, the others are the pods'.
     devices: BTreeMap<u16, Identity>,
+    /// Address of the bridge that the pods' devices are ports of.
+    bridge: Option<[u8; 6]>,
     /// Packets that were dropped or answered so far, by reason.
     pub drops: BTreeMap<&'static str, u64>,
-    _cluster: Cluster,
+    cluster: Cluster,
 }
 
 impl Lab {
-    /// A fresh node.
+    /// A fresh node whose pods hang on routed links.
     pub fn new() -> Self {
-        let cluster = Cluster::build(Plan::default());
+        Self::build(Plan::default(), world::facts())
+    }
+
+    /// A fresh node whose pods are on a bridge; `resolved` of them are neighbours that the node knows.
+    pub fn bridged(resolved: &[u16]) -> Self {
+        let mut facts = world::facts();
+        facts.bridge = Some(Bridge { mac: [0; 6], neighbours: vec![] });
+        let mut lab = Self::build(Plan::bridge(), facts.clone());
+        let node = lab.cluster.nodes[0].place.ns().clone();
+        let (index, mac) = identity(&node, "cni0");
+        for number in 1..=2 {
+            tables::put_port(&lab.datapath.maps, lab.devices[&number].0, index, mac);
+        }
+        lab.bridge = Some(mac);
+        let neighbours = resolved.iter().flat_map(|number| lab.resolve(*number)).collect();
+        facts.bridge = Some(Bridge { mac, neighbours });
+        lab.nat = Nat::new(facts, world::services());
+        lab
+    }
+
+    /// Makes a pod a known neighbour on the bridge.
+    fn resolve(&self, number: u16) -> Vec<(IpAddr, [u8; 6])> {
+        let (node, pod) = (&self.cluster.nodes[0], &self.cluster.nodes[0].pods[usize::from(number) - 1]);
+        let (_, mac) = identity(pod.place.ns(), "eth0");
+        let text: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        let entry = |family| {
+            format!("neigh replace {} lladdr {} dev cni0 nud permanent", pod.addrs.get(family), text.join(":"))
+        };
+        node.place.ns().ip(Family::ALL.map(entry));
+        Family::ALL.map(|family| (pod.addrs.get(family), mac)).to_vec()
+    }
+
+    fn build(plan: Plan, facts: Facts) -> Self {
+        let cluster = Cluster::build(plan);
         let node = &cluster.nodes[0];
         assert_eq!((node.addrs, node.pods[1].addrs), (world::node(), world::pod(2)), "the world is the topology's");
         let devices = [(0, "eth0"), (1, "veth-1-1"), (2, "veth-1-2")];
         let devices = devices.map(|(number, name)| (number, identity(node.place.ns(), name))).into_iter().collect();
         let datapath = Datapath::load(&cluster.bed, node.place.ns());
-        let (facts, services) = (world::facts(), world::services());
-        tables::fill(&datapath.maps, &facts, &services);
-        Self { datapath, nat: Nat::new(facts, services), devices, drops: BTreeMap::new(), _cluster: cluster }
+        let services = world::services();
+        let tables = Tables::fill(&datapath.maps, &facts, &services);
+        let nat = Nat::new(facts, services);
+        Self { datapath, tables, nat, devices, bridge: None, drops: BTreeMap::new(), cluster }
+    }
+
+    /// From now on, the backends at these addresses are gone from all services.
+    pub fn retire(&mut self, gone: &[SocketAddr]) {
+        let mut services = world::services();
+        for service in &mut services {
+            for (set, otherwise) in [(&mut service.cluster, Set::Reject), (&mut service.local, Set::Drop)] {
+                if let Set::Of(backends) = set {
+                    backends.retain(|backend| !gone.contains(&backend.addr));
+                    if backends.is_empty() {
+                        *set = otherwise;
+                    }
+                }
+            }
+        }
+        self.tables.replace(&self.datapath.maps, &services);
+        self.nat.set_services(services);
+    }
+
+    /// The MAC address of a pod's own device.
+    pub fn mac_of_pod(&self, number: u16) -> [u8; 6] {
+        identity(self.cluster.nodes[0].pods[usize::from(number) - 1].place.ns(), "eth0").1
+    }
+
+    /// The ingress hook of a device.
+    pub fn ingress(&self, device: Device) -> Hook {
+        if self.bridge.is_some() && device != Device::Eth0 { Hook::IngressPort } else { Hook::Ingress }
     }
 
     /// The device by which the node reaches `addr`.
@@ -96,7 +154,9 @@ impl Lab {
 
     /// The Ethernet header of a frame that comes in by `device`, or leaves by it.
     pub fn link(&self, device: Device) -> Link {
-        Link { dst: self.identity(device).1, src: [2, 0, 0, 0, 0, 1], tags: vec![] }
+        let own = self.identity(device).1;
+        let dst = if device == Device::Eth0 { own } else { self.bridge.unwrap_or(own) };
+        Link { dst, src: [2, 0, 0, 0, 0, 1], tags: vec![] }
     }
 
     /// A packet of the protocol: a SYN, or a datagram.
@@ -128,7 +188,7 @@ impl Lab {
             Outcome::Next(bytes) => &bytes[..],
             Outcome::Dropped | Outcome::Answered(_) => &[],
         };
-        let expected = self.nat.expect(hook, packet, got);
+        let expected = self.nat.expect(Spot { hook, device: ifindex }, packet, got);
         let what = format!("{hook:?} on {device:?} of\n{packet:?}\n{}", hex(&frame));
         let reasons = self.moved_counters(&before);
         let out = match (&expected, &outcome) {
@@ -160,7 +220,7 @@ impl Lab {
     #[track_caller]
     pub fn through_ingress(&mut self, packet: &Packet) -> Option<Packet> {
         let device = self.device_of(packet.ip.src);
-        self.step(Hook::Ingress, device, packet)
+        self.step(self.ingress(device), device, packet)
     }
 
     /// What one hook does with `packet`, without asking the reference.
@@ -184,6 +244,17 @@ impl Lab {
         self.datapath.run(hook, self.identity(device).0, frame)
     }
 
+    /// How many of many packets `is_counted` says yes to after one hook, without asking the reference.
+    pub fn run_all(
+        &self,
+        hook: Hook,
+        device: Device,
+        frames: impl Iterator<Item = Vec<u8>> + Send,
+        is_counted: impl Fn(&Outcome) -> bool + Sync,
+    ) -> usize {
+        self.datapath.run_all(hook, self.identity(device).0, frames, is_counted)
+    }
+
     fn moved_counters(&self, before: &[(DropReason, u64)]) -> Vec<(DropReason, u64)> {
         let after = self.datapath.drops();
         before.iter().zip(after).filter(|(old, new)| old.1 != new.1).map(|(old, new)| (new.0, new.1 - old.1)).collect()
@@ -199,8 +270,11 @@ impl Lab {
     /// As [`Self::through`], in by `source`.
     #[track_caller]
     pub fn through_from(&mut self, source: Device, packet: &Packet) -> Option<Packet> {
-        let mut inside =
-            self.step(Hook::Ingress, source, &Packet { link: self.link_like(source, packet), ..packet.clone() })?;
+        let mut inside = self.step(
+            self.ingress(source),
+            source,
+            &Packet { link: self.link_like(source, packet), ..packet.clone() },
+        )?;
         let target = self.device_of(inside.ip.dst);
         inside.link = self.link_like(target, &inside);
         self.step(Hook::Egress, target, &inside)

@@ -12,9 +12,13 @@ mod lab;
 mod tables;
 mod world;
 
+mod bridge;
+mod clash;
 mod errors;
+mod flood;
 mod forward;
 mod fragments;
+mod life;
 mod refusals;
 mod snat;
 mod untouched;

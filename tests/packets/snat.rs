@@ -125,7 +125,7 @@ fn answers_to_nobodys_port_are_the_hosts_own() {
 
 #[test]
 fn every_port_can_be_used_towards_one_backend() {
-    let mut lab = Lab::new();
+    let lab = Lab::new();
     let frontend = Name::Remote.vip().port(Family::V4, world::PORT);
     // All from ports of the host's own range: each takes one of 20,000. The reference is too slow to follow.
     let mut ports = BTreeSet::new();

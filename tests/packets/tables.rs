@@ -1,12 +1,13 @@
 //! The reference's services and facts as entries of the real maps.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use aya::Pod;
 use proxy_common::abi::address::{AddressClass, PortUse, PortWord, port_index};
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::{Cidr, Config, MAX_CIDRS};
+use proxy_common::abi::device::DeviceRecord;
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{Range, ServiceRecord, Slot};
 use proxy_common::addr::{Addr, Port};
@@ -14,40 +15,96 @@ use proxy_userspace::datapath::kernel::MapFds;
 use proxy_userspace::datapath::sys;
 use shunt_tests::nat::{At, Backend, Facts, Frontend, Prefix, Service, Set};
 
-/// The tables of one node, filled once.
-pub struct Tables<'a> {
-    maps: &'a MapFds,
+/// What has been written, so that it can be changed.
+#[derive(Default)]
+pub struct Tables {
     addresses: BTreeMap<IpAddr, u32>,
     ports: BTreeMap<u32, u64>,
+    /// Ids of the backends of each service, by its id.
+    backends: BTreeMap<u32, BTreeMap<SocketAddr, u32>>,
     slots: u32,
-    backends: u32,
+    last_backend: u32,
 }
 
-/// Fills empty maps with `facts` and `services`; services get the ids 1, 2 … in order.
-pub fn fill(maps: &MapFds, facts: &Facts, services: &[Service]) {
-    let mut tables = Tables { maps, addresses: BTreeMap::new(), ports: BTreeMap::new(), slots: 0, backends: 0 };
-    for addr in &facts.node {
-        tables.class(*addr, AddressClass::NODE | AddressClass::NODE_PORT);
+impl Tables {
+    /// Fills empty maps with `facts` and `services`; services get the ids 1, 2 … in order.
+    pub fn fill(maps: &MapFds, facts: &Facts, services: &[Service]) -> Self {
+        let mut tables = Self::default();
+        for addr in &facts.node {
+            tables.class(*addr, AddressClass::NODE | AddressClass::NODE_PORT);
+        }
+        for port in facts.snat_ports.clone() {
+            tables.port(port, PortUse::SNAT);
+        }
+        for (id, service) in (1..).zip(services) {
+            tables.write_sets(maps, id, service);
+            for frontend in &service.frontends {
+                tables.frontend(maps, id, service.proto, frontend);
+            }
+        }
+        put(maps, "config", &0_u32, &config(facts));
+        for (addr, flags) in &tables.addresses {
+            put(maps, "addresses", &Addr::from(*addr), &AddressClass { flags: *flags });
+        }
+        for (word, bits) in &tables.ports {
+            put(maps, "ports", word, &PortWord { bits: *bits });
+        }
+        tables
     }
-    for port in facts.snat_ports.clone() {
-        tables.port(port, PortUse::SNAT);
-    }
-    for (id, service) in (1..).zip(services) {
-        tables.service(id, service);
-    }
-    tables.put("config", &0_u32, &config(facts));
-    for (addr, flags) in &tables.addresses {
-        tables.put("addresses", &Addr::from(*addr), &AddressClass { flags: *flags });
-    }
-    for (word, bits) in &tables.ports {
-        tables.put("ports", word, &PortWord { bits: *bits });
-    }
-}
 
-impl Tables<'_> {
-    fn put<K: Pod, V: Pod>(&self, map: &str, key: &K, value: &V) {
-        let fd = self.maps.get(map).expect("the object has it");
-        sys::map_update(fd, key, value).unwrap_or_else(|error| panic!("cannot write {map}: {error}"));
+    /// Changes the endpoints of the services, as the agent does: new slots, then the sets, then backends that nobody lists.
+    pub fn replace(&mut self, maps: &MapFds, services: &[Service]) {
+        for (id, service) in (1..).zip(services) {
+            self.write_sets(maps, id, service);
+            let is_listed = |addr: &SocketAddr| {
+                let is_in =
+                    |set: &Set| matches!(set, Set::Of(list) if list.iter().any(|backend| backend.addr == *addr));
+                is_in(&service.cluster) || is_in(&service.local)
+            };
+            let ids = self.backends.entry(id).or_default();
+            ids.extract_if(.., |addr, _| !is_listed(addr))
+                .for_each(|(_, gone)| put(maps, "backends", &gone, &BackendRecord::ZERO));
+        }
+    }
+
+    /// Writes the sets of a service to slots that were never used.
+    fn write_sets(&mut self, maps: &MapFds, id: u32, service: &Service) {
+        let cluster = self.set(maps, id, service.proto, &service.cluster);
+        let local = self.set(maps, id, service.proto, &service.local);
+        let record = ServiceRecord { cluster: cluster.pack(), local: local.pack(), affinity: 0, reserved: 0 };
+        put(maps, "services", &id, &record);
+    }
+
+    /// Writes a set's backends and slots; a backend of both sets of a service has one id.
+    fn set(&mut self, maps: &MapFds, service: u32, proto: u8, set: &Set) -> Range {
+        let backends = match set {
+            Set::Of(backends) => backends,
+            Set::Reject => return Range::REJECT,
+            Set::Drop => return Range::DROP,
+        };
+        let base = self.slots;
+        for backend in backends {
+            let known = self.backends.get(&service).and_then(|ids| ids.get(&backend.addr)).copied();
+            let id = known.unwrap_or_else(|| self.backend(maps, service, proto, backend));
+            put(maps, "slots", &self.slots, &Slot { backend: id, owner: service });
+            self.slots += 1;
+        }
+        Range { base, count: self.slots - base }
+    }
+
+    fn backend(&mut self, maps: &MapFds, service: u32, proto: u8, backend: &Backend) -> u32 {
+        self.last_backend += 1;
+        let record = BackendRecord {
+            addr: backend.addr.ip().into(),
+            port: Port(backend.addr.port()).be(),
+            proto,
+            state: BackendRecord::STATE_LIVE,
+            flags: if backend.is_local { BackendRecord::LOCAL } else { 0 },
+        };
+        put(maps, "backends", &self.last_backend, &record);
+        self.class(backend.addr.ip(), AddressClass::BACKEND);
+        self.backends.entry(service).or_default().insert(backend.addr, self.last_backend);
+        self.last_backend
     }
 
     fn class(&mut self, addr: IpAddr, flags: u32) {
@@ -59,48 +116,7 @@ impl Tables<'_> {
         *self.ports.entry(word).or_default() |= bits << shift;
     }
 
-    fn service(&mut self, id: u32, service: &Service) {
-        let mut ids = BTreeMap::new();
-        let cluster = self.set(id, service.proto, &service.cluster, &mut ids);
-        let local = self.set(id, service.proto, &service.local, &mut ids);
-        let record = ServiceRecord { cluster: cluster.pack(), local: local.pack(), affinity: 0, reserved: 0 };
-        self.put("services", &id, &record);
-        for frontend in &service.frontends {
-            self.frontend(id, service.proto, frontend);
-        }
-    }
-
-    /// Writes a set's backends and slots; a backend of both sets of a service has one id.
-    fn set(&mut self, service: u32, proto: u8, set: &Set, ids: &mut BTreeMap<std::net::SocketAddr, u32>) -> Range {
-        let backends = match set {
-            Set::Of(backends) => backends,
-            Set::Reject => return Range::REJECT,
-            Set::Drop => return Range::DROP,
-        };
-        let base = self.slots;
-        for backend in backends {
-            let id = *ids.entry(backend.addr).or_insert_with(|| self.backend(proto, backend));
-            self.put("slots", &self.slots, &Slot { backend: id, owner: service });
-            self.slots += 1;
-        }
-        Range { base, count: self.slots - base }
-    }
-
-    fn backend(&mut self, proto: u8, backend: &Backend) -> u32 {
-        self.backends += 1;
-        let record = BackendRecord {
-            addr: backend.addr.ip().into(),
-            port: Port(backend.addr.port()).be(),
-            proto,
-            state: BackendRecord::STATE_LIVE,
-            flags: if backend.is_local { BackendRecord::LOCAL } else { 0 },
-        };
-        self.put("backends", &self.backends, &record);
-        self.class(backend.addr.ip(), AddressClass::BACKEND);
-        self.backends
-    }
-
-    fn frontend(&mut self, service: u32, proto: u8, frontend: &Frontend) {
+    fn frontend(&mut self, maps: &MapFds, service: u32, proto: u8, frontend: &Frontend) {
         let key = |addr, port| FrontendKey { addr, port: Port(port).be(), proto, reserved: 0 };
         let flag = |is_set: bool, flag: u32| if is_set { flag } else { 0 };
         let flags = flag(frontend.is_local_inside, FrontendValue::INSIDE_LOCAL)
@@ -116,8 +132,20 @@ impl Tables<'_> {
                 key(if is_v4 { Addr::UNSPECIFIED_V4 } else { Addr::UNSPECIFIED_V6 }, port)
             }
         };
-        self.put("frontends", &key, &FrontendValue { service, flags });
+        put(maps, "frontends", &key, &FrontendValue { service, flags });
     }
+}
+
+/// Makes a device known as a port of a bridge.
+pub fn put_port(maps: &MapFds, ifindex: u32, bridge: u32, mac: [u8; 6]) {
+    let [a, b, c, d, e, f] = mac;
+    let mac = [[a, b], [c, d], [e, f]].map(u16::from_ne_bytes);
+    put(maps, "devices", &ifindex, &DeviceRecord { bridge, mac, reserved: 0 });
+}
+
+fn put<K: Pod, V: Pod>(maps: &MapFds, map: &str, key: &K, value: &V) {
+    let fd = maps.get(map).expect("the object has it");
+    sys::map_update(fd, key, value).unwrap_or_else(|error| panic!("cannot write {map}: {error}"));
 }
 
 fn config(facts: &Facts) -> Config {

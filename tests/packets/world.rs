@@ -66,6 +66,7 @@ pub fn facts() -> Facts {
         services: prefixes(SERVICES),
         node: vec![node().v4.into(), node().v6.into(), gateway().v4.into(), gateway().v6.into()],
         sources: sources(),
+        bridge: None,
         snat_ports: 10000..=29999,
         local_ports: 32768..=60999,
     }

@@ -46,10 +46,21 @@ pub struct Facts {
     pub node: Vec<IpAddr>,
     /// The kernel's source address towards a prefix; the first that fits counts.
     pub sources: Vec<(Prefix, IpAddr)>,
+    /// The bridge of its pods, if they have one.
+    pub bridge: Option<Bridge>,
     /// `--snat-ports`.
     pub snat_ports: RangeInclusive<u16>,
     /// `net.ipv4.ip_local_port_range`.
     pub local_ports: RangeInclusive<u16>,
+}
+
+/// A bridge with pods on its ports.
+#[derive(Clone, Debug)]
+pub struct Bridge {
+    /// Its own address; frames to others are switched, and nobody's business.
+    pub mac: [u8; 6],
+    /// Pods on it whose addresses are resolved.
+    pub neighbours: Vec<(IpAddr, [u8; 6])>,
 }
 
 /// One port of a service.
@@ -138,6 +149,14 @@ struct Connection {
     nat: Option<SocketAddr>,
     wants_nat: bool,
     end: End,
+    /// By which device the client's packets come.
+    device: u32,
+    /// Not through a frontend: to a backend, with a port that another connection has.
+    is_direct: bool,
+    /// The backend has answered, as it answers to a beginning.
+    is_answered: bool,
+    /// The backend has answered as one that knows these ends from another connection.
+    is_clash: bool,
 }
 
 /// What a TCP connection has seen of its end.
@@ -155,6 +174,23 @@ impl End {
 }
 
 impl Connection {
+    fn new(spot: Spot, packet: &Packet, backend: Backend, seen_client: SocketAddr, wants_nat: bool) -> Self {
+        Self {
+            proto: packet.proto(),
+            client: packet.src(),
+            frontend: packet.dst(),
+            backend,
+            seen_client,
+            nat: None,
+            wants_nat,
+            end: End::default(),
+            device: spot.device,
+            is_direct: false,
+            is_answered: false,
+            is_clash: false,
+        }
+    }
+
     fn is_reply_to_nat(&self, proto: u8, src: SocketAddr, dst: SocketAddr) -> bool {
         self.proto == proto && src == self.backend.addr && self.nat == Some(dst)
     }
@@ -173,16 +209,27 @@ impl Connection {
 }
 
 /// Which hook.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
     /// tcx ingress.
     Ingress,
+    /// tcx ingress of a bridge's port.
+    IngressPort,
     /// tcx egress.
     Egress,
 }
 
-/// A fragmented packet as one hook sees it.
-type FragmentKey = (Hook, IpAddr, IpAddr, u8, u32);
+/// Where a packet is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spot {
+    /// The hook.
+    pub hook: Hook,
+    /// Any number that tells the devices of the node apart.
+    pub device: u32,
+}
+
+/// A fragmented packet as the hooks of one direction see it.
+type FragmentKey = (bool, IpAddr, IpAddr, u8, u32);
 
 /// Services, and the connections made so far.
 #[derive(Clone, Debug)]
@@ -210,14 +257,19 @@ impl Nat {
         self.fragments.clear();
     }
 
-    /// What must come out of `hook` for `packet`. `got` is what did come out, read for choices only; panics if a choice is
+    /// What must come out at `spot` for `packet`. `got` is what did come out, read for choices only; panics if a choice is
     /// not allowed.
     #[track_caller]
-    pub fn expect(&mut self, hook: Hook, packet: &Packet, got: &[u8]) -> Expected {
+    pub fn expect(&mut self, spot: Spot, packet: &Packet, got: &[u8]) -> Expected {
         let got = packet.read_ends(got);
+        if spot.hook == Hook::IngressPort
+            && self.facts.bridge.as_ref().is_none_or(|bridge| packet.link.dst != bridge.mac)
+        {
+            return Expected::Same;
+        }
         match &packet.body {
-            Body::Tcp(_) | Body::Udp(_) => self.transport(hook, packet, got),
-            Body::Error(error) => self.error(hook, packet, error),
+            Body::Tcp(_) | Body::Udp(_) => self.transport(spot, packet, got),
+            Body::Error(error) => self.error(spot.hook, packet, error),
             // Services have TCP and UDP ports alone.
             Body::Icmp(_) | Body::Other(..) if self.is_cluster_ip(packet.ip.dst) => Expected::Reject,
             Body::Icmp(_) | Body::Other(..) => Expected::Same,
@@ -225,58 +277,107 @@ impl Nat {
     }
 
     #[track_caller]
-    fn transport(&mut self, hook: Hook, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
+    fn transport(&mut self, spot: Spot, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
+        let is_egress = spot.hook == Hook::Egress;
         if let Some(part) = packet.part {
-            let key = (hook, packet.ip.src, packet.ip.dst, packet.proto(), part.id);
+            let key = (is_egress, packet.ip.src, packet.ip.dst, packet.proto(), part.id);
             if part.from == 0 {
                 self.fragments.insert(key, packet.ports().expect("it has ports"));
             } else if !self.fragments.contains_key(&key) {
-                return self.unknown_fragment(hook, packet);
+                return self.unknown_fragment(is_egress, packet);
             }
         }
-        match hook {
-            Hook::Ingress => self.ingress(packet, got),
-            Hook::Egress => self.egress(packet, got),
-        }
+        if is_egress { self.egress(packet, got) } else { self.ingress(spot, packet, got) }
     }
 
     /// A fragment that says no ports, of a packet whose ports nobody knows.
-    fn unknown_fragment(&self, hook: Hook, packet: &Packet) -> Expected {
+    fn unknown_fragment(&self, is_egress: bool, packet: &Packet) -> Expected {
         let is_frontend =
             self.frontends().any(|(_, frontend)| matches!(frontend.at, At::Addr(at) if at.ip() == packet.ip.dst));
-        if hook == Hook::Ingress && is_frontend { Expected::Drop } else { Expected::Same }
+        if !is_egress && is_frontend { Expected::Drop } else { Expected::Same }
     }
 
     #[track_caller]
-    fn ingress(&mut self, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
+    fn ingress(&mut self, spot: Spot, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
         let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
         if let Some(connection) = self.find(|connection| connection.is_reply_to_nat(proto, src, dst)) {
             return changed(packet.clone().with_dst(connection.seen_client));
         }
-        self.connections.retain(|connection| {
-            let is_new = opens(packet) && connection.is_to_frontend(proto, src, dst);
-            !(is_new && connection.end.is_over())
-        });
+        let is_clash = self.forget_if_new(packet);
         if let Some(connection) = self.note_end(packet, true, |connection| connection.is_to_frontend(proto, src, dst)) {
-            return changed(packet.clone().with_src(connection.seen_client).with_dst(connection.backend.addr));
+            // A direct connection's ends are those of another's translated packets, met again at another device.
+            if connection.is_direct && connection.device != spot.device {
+                return Expected::Same;
+            }
+            return self.to_backend(spot, packet, &connection);
         }
-        if self.find(|connection| connection.is_plain_forward(proto, src, dst)).is_some() {
-            return Expected::Same;
+        if let Some(other) = self.find(|connection| connection.is_plain_forward(proto, src, dst)) {
+            let is_direct = begins(packet) && other.device == spot.device && !other.end.is_over();
+            return if is_direct { self.open_direct(spot, packet, got) } else { Expected::Same };
         }
         match self.frontend(proto, dst) {
-            Some((service, frontend)) => self.open(packet, &service, frontend, got),
+            Some((service, frontend)) => self.open(spot, packet, &service, frontend, got, is_clash),
             None => self.no_frontend(packet),
         }
+    }
+
+    /// A client's packet with the backend as its destination, straight to it if it is on the client's bridge.
+    fn to_backend(&self, spot: Spot, packet: &Packet, connection: &Connection) -> Expected {
+        let mut packet = packet.clone().with_src(connection.seen_client).with_dst(connection.backend.addr);
+        let neighbours = self.facts.bridge.iter().flat_map(|bridge| &bridge.neighbours);
+        if spot.hook == Hook::IngressPort
+            && let Some((_, mac)) = neighbours.into_iter().find(|(addr, _)| *addr == packet.ip.dst)
+        {
+            packet.link.dst = *mac;
+        }
+        changed(packet)
+    }
+
+    /// Forgets the packet's connection if the packet must be the beginning of a new one: the old one is over, its backend is
+    /// gone, or the backend knew its ends from a connection that we do not know. True in the last case.
+    fn forget_if_new(&mut self, packet: &Packet) -> bool {
+        let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
+        let mut is_clash = false;
+        let mut connections = std::mem::take(&mut self.connections);
+        connections.retain(|connection| {
+            if !connection.is_to_frontend(proto, src, dst) || !begins(packet) {
+                return true;
+            }
+            is_clash |= connection.is_clash;
+            let is_gone = !connection.is_direct && !self.is_listed(proto, connection.backend);
+            !(is_gone || opens(packet) && (connection.end.is_over() || connection.is_clash))
+        });
+        self.connections = connections;
+        is_clash
+    }
+
+    fn is_listed(&self, proto: u8, backend: Backend) -> bool {
+        let is_in = |set: &Set| matches!(set, Set::Of(backends) if backends.contains(&backend));
+        self.services.iter().any(|service| service.proto == proto && (is_in(&service.cluster) || is_in(&service.local)))
+    }
+
+    /// A packet straight to a backend, whose ends are those that another connection of the client has inside the node.
+    #[track_caller]
+    fn open_direct(&mut self, spot: Spot, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
+        let (seen_client, got_dst) = got.expect("a direct packet comes out");
+        assert_eq!(got_dst, packet.dst(), "a direct packet keeps its destination");
+        let backend = Backend { addr: packet.dst(), is_local: false };
+        self.check_seen_port(packet.proto(), packet.src(), seen_client, backend, true);
+        let connection = Connection { is_direct: true, ..Connection::new(spot, packet, backend, seen_client, false) };
+        self.connections.push(connection);
+        self.to_backend(spot, packet, &connection)
     }
 
     /// A packet to a frontend that belongs to no connection.
     #[track_caller]
     fn open(
         &mut self,
+        spot: Spot,
         packet: &Packet,
         service: &Service,
         frontend: Frontend,
         got: Option<(SocketAddr, SocketAddr)>,
+        is_clash: bool,
     ) -> Expected {
         let (src, dst) = (packet.src(), packet.dst());
         if let Body::Tcp(tcp) = &packet.body
@@ -300,30 +401,20 @@ impl Nat {
         let (got_src, got_dst) = got.expect("a new connection's packet comes out");
         let backend = backends.iter().find(|backend| backend.addr == got_dst);
         let backend = *backend.unwrap_or_else(|| panic!("{got_dst} is no backend for {src} at {dst}: {backends:?}"));
-        self.check_seen_port(packet.proto(), src, got_src, backend);
+        self.check_seen_port(packet.proto(), src, got_src, backend, is_clash);
         let wants_nat = self.wants_nat(src.ip(), frontend, backend);
-        let seen_client = got_src;
-        let connection = Connection {
-            proto: packet.proto(),
-            client: src,
-            frontend: dst,
-            backend,
-            seen_client,
-            nat: None,
-            wants_nat,
-            end: End::default(),
-        };
+        let connection = Connection::new(spot, packet, backend, got_src, wants_nat);
         self.connections.push(connection);
-        changed(packet.clone().with_src(seen_client).with_dst(backend.addr))
+        self.to_backend(spot, packet, &connection)
     }
 
     /// The client's port is kept unless the tuple is another connection's; then it is a free one of our own.
     #[track_caller]
-    fn check_seen_port(&self, proto: u8, client: SocketAddr, seen: SocketAddr, backend: Backend) {
+    fn check_seen_port(&self, proto: u8, client: SocketAddr, seen: SocketAddr, backend: Backend, is_clash: bool) {
         assert_eq!(seen.ip(), client.ip(), "the client's address is changed at ingress");
         let is_taken = |src: SocketAddr| self.find(|other| other.is_plain_forward(proto, src, backend.addr)).is_some();
         assert!(!is_taken(seen), "{seen} to {} is another connection's", backend.addr);
-        if is_taken(client) {
+        if is_clash || is_taken(client) {
             assert!(self.facts.snat_ports.contains(&seen.port()), "port {} is not ours to give", seen.port());
         } else {
             assert_eq!(seen, client, "the client's port is changed without need");
@@ -343,6 +434,9 @@ impl Nat {
     #[track_caller]
     fn egress(&mut self, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
         let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
+        if self.note_foreign_answer(packet) {
+            return Expected::Same;
+        }
         if let Some(connection) = self.note_end(packet, false, |connection| connection.is_plain_reply(proto, src, dst))
         {
             return changed(packet.clone().with_src(connection.frontend).with_dst(connection.client));
@@ -398,7 +492,7 @@ impl Nat {
         }
         let found = match hook {
             // From beyond a backend, about a packet that left with our source; or from a client, about an answer.
-            Hook::Ingress => self
+            Hook::Ingress | Hook::IngressPort => self
                 .find(|connection| connection.is_reply_to_nat(proto, dst, src))
                 .map(|connection| {
                     let nat = connection.nat.expect("it is a reply to it");
@@ -450,6 +544,21 @@ impl Nat {
         Some(*connection)
     }
 
+    /// True if a backend answers to the beginning of a connection as if it were in the middle of one (RFC 5961): then it is, of
+    /// one that we do not know.
+    fn note_foreign_answer(&mut self, packet: &Packet) -> bool {
+        let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
+        let Some(connection) =
+            self.connections.iter_mut().find(|connection| connection.is_plain_reply(proto, src, dst))
+        else {
+            return false;
+        };
+        let begins = !matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & (flag::SYN | flag::RST) == 0);
+        connection.is_answered |= begins;
+        connection.is_clash |= !connection.is_answered;
+        !connection.is_answered
+    }
+
     fn find(&self, is_it: impl Fn(&Connection) -> bool) -> Option<Connection> {
         self.connections.iter().copied().find(|connection| is_it(connection))
     }
@@ -492,6 +601,11 @@ impl Nat {
 /// True for the segment that begins a connection.
 fn opens(packet: &Packet) -> bool {
     matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & (flag::SYN | flag::ACK) == flag::SYN)
+}
+
+/// True for a packet that may begin a connection.
+fn begins(packet: &Packet) -> bool {
+    opens(packet) || matches!(packet.body, Body::Udp(_))
 }
 
 fn changed(packet: Packet) -> Expected {

@@ -1,0 +1,85 @@
+//! Clashes: connections that differ for the client and would be one inside the node get different ports there.
+
+use shunt_tests::nat::Hook;
+use shunt_tests::packet::{Packet, flag};
+use shunt_tests::topology::Family;
+
+use crate::lab::{Device, Lab, Proto, each, tcp};
+use crate::world::{self, Name};
+
+#[test]
+fn a_direct_connection_beside_one_through_a_frontend() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        for (name, backend) in [(Name::Local, world::pod(1)), (Name::Remote, world::remote_pod(1))] {
+            let client = world::pod(2).port(family, 4000);
+            let (frontend, backend) =
+                (name.cluster_ip().port(family, world::PORT), backend.port(family, world::TARGET));
+            let through = lab.converse(proto, client, frontend);
+            let direct = lab.converse(proto, client, backend);
+            assert_eq!(direct.dst(), through.dst());
+            assert_ne!(direct.src(), through.src());
+            // Both go on.
+            for (to, first) in [(frontend, &through), (backend, &direct)] {
+                let more = lab.confirming(proto, client, to);
+                assert_eq!(lab.through(&more).map(|packet| packet.src()), Some(first.src()));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_direct_connection_without_another_is_left_alone() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        let (client, backend) = (world::pod(2).port(family, 4000), world::pod(1).port(family, world::TARGET));
+        let seen = lab.converse(proto, client, backend);
+        assert_eq!(seen.src(), client);
+    });
+}
+
+#[test]
+fn a_backend_that_knows_the_ends_from_elsewhere_makes_the_next_attempt_avoid_them() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        let (client, frontend) = (world::pod(2).port(family, 4000), Name::Local.cluster_ip().port(family, world::PORT));
+        // The backend has a connection with the client's port already, made before there were hooks.
+        let seen = lab.open(Proto::Tcp, client, frontend);
+        let mut challenge = lab.following(Proto::Tcp, seen.dst(), seen.src());
+        tcp(&mut challenge).flags = flag::ACK;
+        assert_eq!(
+            lab.through(&challenge).map(|packet| packet.src()),
+            Some(seen.dst()),
+            "it is the other connection's"
+        );
+        let again = lab.open(Proto::Tcp, client, frontend);
+        assert_ne!(again.src(), client);
+        let answer = lab.answer(Proto::Tcp, &again);
+        assert_eq!(lab.through(&answer).map(|packet| packet.dst()), Some(client));
+    }
+}
+
+#[test]
+fn segments_of_an_unknown_direct_connection_pass_beside_one_through_a_frontend() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        let (client, backend) = (world::pod(2).port(family, 4000), world::pod(1).port(family, world::TARGET));
+        lab.open(Proto::Tcp, client, Name::Local.cluster_ip().port(family, world::PORT));
+        let packet = lab.following(Proto::Tcp, client, backend);
+        assert_eq!(lab.step(Hook::Ingress, Device::Pod(2), &packet), Some(packet));
+    }
+}
+
+#[test]
+fn errors_about_connections_with_another_port_find_it() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        let (client, backend) = (world::pod(2).port(family, 4000), world::pod(1).port(family, world::TARGET));
+        lab.converse(proto, client, Name::Local.cluster_ip().port(family, world::PORT));
+        let direct = lab.converse(proto, client, backend);
+        let error = Packet::error(lab.link(Device::Pod(1)), direct.ip.dst, direct.ip.src, crate::lab::too_big(&direct));
+        let got = lab.through(&error).expect("it comes through");
+        let shunt_tests::packet::Body::Error(error) = got.body else { panic!("it is an error") };
+        assert_eq!((error.quoted.src(), error.quoted.dst()), (client, backend));
+    });
+}
