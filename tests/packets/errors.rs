@@ -1,7 +1,7 @@
 //! ICMP errors: whoever gets one finds the packet quoted that it sent itself.
 
 use shunt_tests::nat::Hook;
-use shunt_tests::packet::{Error, Packet, error, flag};
+use shunt_tests::packet::{Checksum, Error, Packet, error, flag};
 use shunt_tests::topology::Family;
 
 use crate::lab::{Device, Lab, Proto, each, too_big};
@@ -113,6 +113,17 @@ fn quotes_with_options_and_extension_headers_are_translated() {
         let got = lab.through(&packet).expect("it comes through");
         assert_eq!(quoted(&got), (client, frontend));
     });
+}
+
+#[test]
+fn quoted_datagrams_without_checksum_stay_without() {
+    let mut lab = Lab::new();
+    let (client, frontend) =
+        (world::outside(1).port(Family::V4, 4000), Name::Remote.vip().port(Family::V4, world::PORT));
+    let mut seen = lab.converse(Proto::Udp, client, frontend);
+    crate::lab::udp(&mut seen).checksum = Checksum::None;
+    let packet = Packet::error(lab.link(Device::Eth0), seen.ip.dst, seen.ip.src, too_big(&seen));
+    assert_eq!(quoted(&lab.through(&packet).expect("it comes through")), (client, frontend));
 }
 
 #[test]
