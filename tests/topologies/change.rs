@@ -61,7 +61,8 @@ fn a_nodes_own_address_as_external_ip_leaves_its_other_ports_alone() {
     let rig = Rig::build(Plan { nodes: 2, ..Plan::default().strict() });
     let node = rig.node(0);
     let _sshd = node.place.named("sshd").unhooked().serve(Ports { tcp: &[SSH], udp: &[SSH] });
-    let web = || shunt_tests::manifests::service("web").cluster_ips(WEB.cluster_ip()).tcp(PORT, TARGET).udp(PORT, TARGET);
+    let web =
+        || shunt_tests::manifests::service("web").cluster_ips(WEB.cluster_ip()).tcp(PORT, TARGET).udp(PORT, TARGET);
     let clients = [&rig.cluster.client.place, &node.pods[1].place, &node.pods[1].place.unhooked(), &rig.node(1).place];
     for family in Family::ALL {
         let ssh = node.addrs.port(family, SSH);

@@ -69,7 +69,8 @@ fn flood(target: SocketAddr, from: u32, to: u32) {
         for (packet, number) in packets.iter_mut().zip(next..) {
             forge(packet, number);
         }
-        let parts: Vec<[io::IoSlice<'_>; 1]> = packets[..count].iter().map(|packet| [io::IoSlice::new(packet)]).collect();
+        let parts: Vec<[io::IoSlice<'_>; 1]> =
+            packets[..count].iter().map(|packet| [io::IoSlice::new(packet)]).collect();
         let addresses = vec![Some(address); count];
         let sent = sendmmsg(socket.as_raw_fd(), &mut headers, &parts, &addresses, [], MsgFlags::empty());
         match sent {

@@ -17,7 +17,8 @@ fn a_pod_reaches_itself(plan: Plan) {
             for family in Family::ALL {
                 let to = WEB.at(frontend, rig.node(0), family);
                 for proto in Proto::ALL {
-                    let answer = proto.ask(place, to).unwrap_or_else(|failure| panic!("{frontend:?} {proto:?}: {failure}"));
+                    let answer =
+                        proto.ask(place, to).unwrap_or_else(|failure| panic!("{frontend:?} {proto:?}: {failure}"));
                     assert_eq!((answer.server.as_str(), answer.peer), (place.name(), to));
                 }
                 let bulk = Bulk { to, bytes: 200_000, direction: Direction::Up };

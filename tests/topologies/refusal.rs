@@ -1,6 +1,7 @@
 //! Connections that cannot be: refused at once where a client should know, dropped and counted where it should not.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::SocketAddr;
 
 use shunt_tests::manifests::{Endpoint, service};
 use shunt_tests::place::Place;
@@ -9,7 +10,7 @@ use shunt_tests::topology::{Family, Offloads, Overlay, Plan, PodLink, SERVICES};
 use shunt_tests::wait;
 
 use crate::rig::{Frontend, Offer, PORT, Proto, Rig};
-use crate::talk::{Tcp, Udp};
+use crate::talk::{Tcp, Udp, ping};
 
 const EMPTY: Offer = Offer::new(1, "empty");
 const WEB: Offer = Offer::new(2, "web");
@@ -98,7 +99,7 @@ pub fn assert_dropped(rig: &Rig, place: &Place, to: SocketAddr, reason: &str) {
             dropped(before);
             dial.join().expect("it does not panic")
         });
-        assert_eq!(dial.expect_err("nobody answers").kind(), std::io::ErrorKind::TimedOut, "{to}");
+        assert_eq!(dial.expect_err("nobody answers").kind(), io::ErrorKind::TimedOut, "{to}");
     });
 }
 
@@ -132,14 +133,15 @@ fn processes_of_the_node_outside_the_hooked_group_are_refused_and_named() {
 #[test]
 fn a_ping_to_a_cluster_ip_is_answered_as_unreachable() {
     let rig = Rig::build(Plan::default());
+    rig.cluster.route_vips(rig.node(0));
     rig.apply(&[&WEB.to(&rig.node(0).pods[0])]);
-    let pod = &rig.node(0).pods[1];
-    for family in Family::ALL {
-        let to: IpAddr = WEB.cluster_ip().get(family);
-        let mut ping = pod.place.ns().command("ping");
-        let output = ping.args(["-c", "1", "-W", "5", &to.to_string()]).output().expect("ping runs");
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(text.to_lowercase().contains("port unreachable"), "{text}");
+    for place in [&rig.node(0).pods[1].place, &rig.cluster.client.place] {
+        place.ns().sysctl("net/ipv4/ping_group_range", "0 0");
+        for family in Family::ALL {
+            let (outcome, counted) = rig.counted(0, || place.run(|| ping(WEB.cluster_ip().get(family))));
+            assert_eq!(outcome.expect_err("nobody answers").kind(), io::ErrorKind::ConnectionRefused, "{family:?}");
+            assert_eq!(counted.drops("unknown_port"), 1, "{family:?}");
+        }
     }
 }
 
@@ -154,7 +156,10 @@ fn the_last_endpoint_goes_and_its_connections_stay() {
         rig.apply(&[&WEB.to(&rig.node(0).pods[0])]);
         let mut held = pod.place.run(|| Tcp::dial(0, to).expect("it is served"));
         held.ask().expect("it is answered");
-        rig.apply(&[&service("other").cluster_ips(SERVICES.host(50)).tcp(1, 1), &WEB.service().endpoints(Vec::<Endpoint>::new())]);
+        rig.apply(&[
+            &service("other").cluster_ips(SERVICES.host(50)).tcp(1, 1),
+            &WEB.service().endpoints(Vec::<Endpoint>::new()),
+        ]);
         assert_refused(&pod.place.unhooked(), Proto::Tcp, to);
         held.ask().expect("it lives on");
     }

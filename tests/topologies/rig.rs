@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use serde_json::Value;
 use shunt_tests::agent::Agent;
@@ -11,6 +12,7 @@ use shunt_tests::place::Place;
 use shunt_tests::probe::{Answer, Failure};
 use shunt_tests::topology::{Addrs, Cluster, Family, Node, Plan, SERVICES, VIPS};
 use shunt_tests::traffic::{Ports, Server};
+use shunt_tests::wait;
 
 /// Where servers listen.
 pub const TARGET: u16 = 8080;
@@ -82,19 +84,17 @@ impl Rig {
     /// Waits until every node has taken in what was written before.
     #[track_caller]
     pub fn settle(&self) {
-        use std::sync::atomic::{AtomicU16, Ordering};
         static NUMBER: AtomicU16 = AtomicU16::new(0);
-        // Changes are applied in order: a service written last is there last.
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed) % 1000;
-        let name = format!("settled-{number}");
-        let marker = service(&name).cluster_ips(SERVICES.host(60_000 + number)).tcp(1, 1);
+        let name = format!("settled-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let marker = service(&name).cluster_ips(SERVICES.host(60_000)).tcp(1, 1);
+        let is_there = |agent: &Agent| {
+            services_of(agent).iter().any(|row| row["name"].as_str().is_some_and(|row| row.contains(&name)))
+        };
+        // It may become visible with others of the same plan. Its removal is another plan, applied after that one.
         self.manifests.apply(&marker.endpoints(Vec::<Endpoint>::new()));
-        for agent in &self.agents {
-            shunt_tests::wait::until("the services written before", || {
-                services_of(agent).iter().any(|row| row["name"].as_str().is_some_and(|row| row.contains(&name)))
-            });
-        }
+        self.agents.iter().for_each(|agent| wait::until("a service", || is_there(agent)));
         self.manifests.delete(&name);
+        self.agents.iter().for_each(|agent| wait::until("the removal of a service", || !is_there(agent)));
     }
 
     pub fn node(&self, number: usize) -> &Node {

@@ -66,7 +66,9 @@ fn external_local_policy_keeps_the_source_and_drops_over_flannel() {
 
 /// The addresses that node-1 has towards pods of others.
 fn node_sources(rig: &Rig, family: Family) -> Vec<std::net::IpAddr> {
-    [rig.node(0).addrs, rig.node(0).gateway(), rig.node(0).pod_cidr.host(0)].map(|addrs: Addrs| addrs.get(family)).to_vec()
+    [rig.node(0).addrs, rig.node(0).gateway(), rig.node(0).pod_cidr.host(0)]
+        .map(|addrs: Addrs| addrs.get(family))
+        .to_vec()
 }
 
 /// The rewritten source is an address of the node with a port of the reserved range, and stays the flow's own.

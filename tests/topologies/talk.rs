@@ -2,7 +2,7 @@
 //! thread of a namespace, outside of every hooked control group: by the packet path.
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -84,6 +84,15 @@ impl Udp {
         Ok(parse(&buffer[..end]))
     }
 
+    /// True if `to` answers within a moment.
+    pub fn is_answered(&self, to: SocketAddr, payload: &[u8]) -> bool {
+        let limit = |time| self.0.set_read_timeout(Some(time)).expect("a limit above zero");
+        limit(Duration::from_millis(500));
+        let is_answered = self.ask(to, payload).is_ok();
+        limit(TIMEOUT);
+        is_answered
+    }
+
     /// Sends and does not wait.
     pub fn send(&self, to: SocketAddr) -> io::Result<()> {
         self.0.send_to(b"x", to).map(drop)
@@ -94,6 +103,21 @@ impl Udp {
         self.0.set_read_timeout(Some(Duration::from_millis(50))).expect("a limit above zero");
         self.0.recv(&mut [0; 2048]).is_ok()
     }
+}
+
+/// What an ICMP echo request to `to` comes to: the error that the kernel makes of an unreachable, if one comes.
+pub fn ping(to: IpAddr) -> io::Result<()> {
+    let (protocol, request) = match to {
+        IpAddr::V4(_) => (Protocol::ICMPV4, 8),
+        IpAddr::V6(_) => (Protocol::ICMPV6, 128),
+    };
+    let to = SocketAddr::new(to, 0);
+    let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(protocol))?;
+    socket.connect(&SockAddr::from(to))?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
+    // The kernel fills in identifier and checksum.
+    socket.send(&[request, 0, 0, 0, 0, 0, 0, 1, 1, 2, 3, 4])?;
+    socket.recv(&mut [std::mem::MaybeUninit::uninit(); 100]).map(drop)
 }
 
 fn any(like: SocketAddr, port: u16) -> SockAddr {

@@ -94,7 +94,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
             return Some(PASS);
         }
         let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN || !is_tcp;
-        return if opens && clashes(flows, tuple) { None } else { Some(PASS) };
+        return if opens && clashing(flows, tuple).is_some() { None } else { Some(PASS) };
     }
     if packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
         return None;
@@ -623,27 +623,29 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
     Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags })
 }
 
-/// True if a translated flow from the same device has this very tuple. (The other way round it would be a reply; met again
-/// at another device, the translated packet itself.)
+/// The translated flow from the same device that has this very tuple. (The other way round the packet would be a reply; met
+/// again at another device, the translated packet itself.)
 #[inline(always)]
-fn clashes<F: Lookups>(flows: &F, tuple: &Tuple) -> bool {
+fn clashing<'a, F: Lookups>(flows: &'a F, tuple: &Tuple) -> Option<FlowRef<'a>> {
     let (key, src_first) = tuple.plain_key();
-    let Some(plain) = find(flows, &key) else { return false };
-    plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first
+    let plain = find(flows, &key)?;
+    let clashes = plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first
         && plain.fixed(|value| value.ifindex) == flows.ifindex()
-        && !plain.fixed(|value| value.has(FlowValue::DIRECT))
-        && !Hot::unpack(plain.hot()).is_finished()
+        && !plain.fixed(|value| value.has(FlowValue::DIRECT));
+    if clashes { Some(plain) } else { None }
 }
 
 /// A direct connection to a backend whose tuple a translated flow from the same device already has: it gets another
-/// source port, so that the backend's replies can be told apart.
+/// source port, so that the backend's replies can be told apart. If that flow is over, it goes.
 #[inline(never)]
 fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
     let tuple = &packet.tuple;
     if packet.kind == Kind::LaterFragment {
         return Err(PASS);
     }
-    if !clashes(flows, tuple) {
+    let Some(other) = clashing(flows, tuple) else { return Err(PASS) };
+    if is_over(flows, tuple.proto, other) {
+        forget_over(flows, tuple, other);
         return Err(PASS);
     }
     flows.set_flows_of(&tuple.dst);
@@ -655,6 +657,14 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
         nat: Addr::UNSPECIFIED_V6,
         flags: FlowValue::DIRECT | FlowValue::ALIAS,
     })
+}
+
+/// Removes a flow that is over, found by its client's packet as the stack sees it.
+#[inline(never)]
+fn forget_over<F: Flows>(flows: &F, plain: &Tuple, other: FlowRef<'_>) {
+    let (key, src_first) = plain.plain_key();
+    forget_others(flows, plain, src_first, other);
+    flows.remove(&key);
 }
 
 /// Where a new flow goes.

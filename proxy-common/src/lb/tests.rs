@@ -390,6 +390,17 @@ fn a_finished_connection_never_touches_the_one_that_took_its_ends() {
 }
 
 #[test]
+fn a_finished_connection_leaves_a_direct_one_with_its_ends_alone() {
+    let world = two_services(Proto::TCP);
+    let ended = open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP));
+    send(&world, &ended, tcp::RST, 0);
+    let direct = dial(&world, ended.plain).expect("a backend");
+    assert_eq!(direct.seen, direct.dialled, "the ends are free");
+    reply(&world, &direct, tcp::SYN | tcp::ACK, 500);
+    assert_eq!(established(&world), 0, "nothing of the ended one is left");
+}
+
+#[test]
 fn a_finished_connection_with_a_rewritten_source_leaves_nothing_behind_when_its_ends_are_taken() {
     let mut world = World::new();
     for external in ["198.51.100.1", "198.51.100.2"] {
