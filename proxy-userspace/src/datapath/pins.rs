@@ -144,7 +144,9 @@ impl Pins {
         for directory in ["links/cgroup", "links/tcx", "links", "continuations"] {
             remove_directory(&self.base.join(directory))?;
         }
-        let is_left = |path: &PathBuf| file_name(path) != Some(NOTES);
+        // Files are the kernel's own (`maps.debug`, `progs.debug` in the root of the file system); all that we make here are
+        // directories.
+        let is_left = |path: &PathBuf| path.is_dir() && file_name(path) != Some(NOTES);
         if list(&self.base)?.iter().any(is_left) {
             return Err(at("clear", &self.base)(io::Error::from(io::ErrorKind::DirectoryNotEmpty)));
         }
