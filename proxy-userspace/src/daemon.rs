@@ -5,10 +5,12 @@
 //! sources ─updates─▶ store ─snapshots─▶ reconciler ─status─▶ attachments, readiness
 //! ```
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use prometheus_client::registry::Registry;
 use proxy_common::addr::Port;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,16 +23,21 @@ use crate::config::raw::SocketLb;
 use crate::datapath::attach::{self, DeviceLinks, SocketLinks};
 use crate::datapath::kernel::{self, Loaded};
 use crate::datapath::maps::{KernelMaps, NodeConfig};
+use crate::datapath::metrics::Tables;
 use crate::datapath::network::{Network, Watcher};
 use crate::datapath::object::OBJECT;
 use crate::datapath::pins::Pins;
+use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
 use crate::datapath::{node, restore, sweep, sys};
 use crate::drain::{self, Drain};
+use crate::health::Health;
 use crate::model::{NodeFacts, SourceSpec, Update, Writer};
 use crate::planner::{SnatPorts, State};
 use crate::source::manifests::{self, Manifests};
-use crate::telemetry::admin;
+use crate::telemetry::http::{Handler, Server};
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::{admin, process, status};
 use proxy_common::abi::config::Config as ProgramConfig;
 
 /// Updates of sources that may wait for the store.
@@ -54,7 +61,9 @@ fn runtime() -> Result<Runtime> {
 async fn supervise(config: &Config, pins: &Pins) -> Result<()> {
     let (trigger, drain) = drain::channel();
     let mut parts = Parts::default();
-    build(config, pins, &drain, &mut parts).await?;
+    let (closing, closed) = drain::channel();
+    let mut listeners = Listeners { closed, parts: Parts::default() };
+    build(config, pins, &drain, &mut parts, &mut listeners).await?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let failure = tokio::select! {
@@ -65,6 +74,8 @@ async fn supervise(config: &Config, pins: &Pins) -> Result<()> {
     info!("draining; the datapath stays");
     trigger.begin();
     parts.join().await;
+    closing.begin();
+    listeners.parts.join().await;
     failure.map_or(Ok(()), Err)
 }
 
@@ -96,7 +107,30 @@ impl Parts {
     }
 }
 
-async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -> Result<()> {
+/// What is asked from outside. Ends after all others: an agent that ends says so until it is gone.
+struct Listeners {
+    closed: Drain,
+    parts: Parts,
+}
+
+impl Listeners {
+    fn spawn<H: Handler>(&mut self, name: &'static str, address: Option<SocketAddr>, handler: H) {
+        let Some(address) = address else { return };
+        let server = Server { name, address, handler: Arc::new(handler) };
+        let closed = self.closed.clone();
+        self.parts.spawn(name, async { Ok(server.run(closed).await) });
+    }
+}
+
+async fn build(
+    config: &Config,
+    pins: &Pins,
+    drain: &Drain,
+    parts: &mut Parts,
+    listeners: &mut Listeners,
+) -> Result<()> {
+    let mut registry = Registry::default();
+    process::register(&mut registry);
     let (watcher, network) = Watcher::open().await?;
     let loaded = kernel::load(OBJECT, pins, &config.sizes)?;
     kernel::probe_tcx(loaded.programs.get("ingress")?)?;
@@ -119,6 +153,10 @@ async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -
     let (status_sender, status) = watch::channel(Arc::new(Status::default()));
     let (unused_sender, unused) = mpsc::channel(16);
     let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
+    let reporter = Reporter::default();
+    reporter.register(&mut registry);
+    let progress = reporter.watch();
+    status::register(&mut registry, sources.iter().map(|spec| spec.id), status.clone(), snapshots.clone());
     let reconciler = reconcile::Task {
         reconciler: Reconciler::new(maps, state),
         snapshots,
@@ -126,6 +164,7 @@ async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -
         status: status_sender,
         sources: sources.len(),
         pending: Arc::default(),
+        reporter,
     };
 
     let (attached_sender, attached) = watch::channel(false);
@@ -138,6 +177,11 @@ async fn build(config: &Config, pins: &Pins, drain: &Drain, parts: &mut Parts) -
         status: status.clone(),
         attached: attached_sender,
     };
+    Tables::register(&mut registry, loaded.maps, pins.clone(), sweep.watch());
+    let health = Health::new(status.clone(), attached.clone(), progress, drain.clone());
+    health.register(&mut registry);
+    listeners.spawn("health", config.healthz, health);
+    listeners.spawn("metrics", config.metrics, Metrics::new(registry));
     // The parsed object and what was read back are gone by now.
     sys::trim_heap();
 

@@ -14,7 +14,8 @@
 //! | [`datapath`] | the kernel's tables, programs and attachments |
 //! | [`config`] | flags, as written and as used |
 //! | [`cli`] | the subcommands of `shunt` |
-//! | [`telemetry`] | logs |
+//! | [`telemetry`] | logs, metrics, the admin socket |
+//! | [`health`] | what load balancers and kubelets ask |
 //! | [`daemon`] | builds the parts of the agent and runs them |
 //! | [`drain`] | the wish that the agent ends |
 //! | [`error`] | errors as text |
@@ -28,6 +29,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod drain;
 pub mod error;
+pub mod health;
 pub mod model;
 pub mod planner;
 pub mod source;

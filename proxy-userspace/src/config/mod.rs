@@ -6,6 +6,7 @@ pub mod raw;
 
 use std::fmt;
 use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -15,7 +16,7 @@ use proxy_common::abi::config::MAX_CIDRS;
 use crate::datapath::device::Choice;
 use crate::datapath::kernel::Sizes;
 use crate::model::{Name, NodeFacts, NodePortAddresses};
-use raw::{AgentFlags, LogFormat, SocketLb, Switch};
+use raw::{AgentFlags, HEALTHZ_PORT, LogFormat, METRICS_PORT, SocketLb, Switch};
 
 /// What `shunt agent` is to do.
 #[derive(Clone, Debug)]
@@ -38,6 +39,10 @@ pub struct Config {
     pub bpffs: PathBuf,
     /// Admin socket.
     pub admin_socket: PathBuf,
+    /// Where health is served.
+    pub healthz: Option<SocketAddr>,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
     /// What is logged.
     pub log: Log,
     /// Touched when the first plan is applied.
@@ -115,6 +120,10 @@ impl Config {
             "host-clients",
             "off needs --socket-lb off",
         );
+        let healthz = parse_listener(&flags.healthz_bind_address, HEALTHZ_PORT);
+        let healthz = check.take("healthz-bind-address", healthz, None);
+        let metrics = parse_listener(&flags.metrics_bind_address, METRICS_PORT);
+        let metrics = check.take("metrics-bind-address", metrics, None);
         let level = check_level(&flags.log_level);
         check.take("log-level", level, ());
         if !check.0.is_empty() {
@@ -130,6 +139,8 @@ impl Config {
             sizes,
             bpffs: flags.bpffs,
             admin_socket: flags.admin_socket,
+            healthz,
+            metrics,
             log: Log { level: flags.log_level, format: flags.log_format },
             ready_file: flags.ready_file,
         })
@@ -195,6 +206,18 @@ fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
     Ok(first..=last)
 }
 
+/// `ADDR:PORT`, or `ADDR` with the default port; nothing for an empty text.
+fn parse_listener(text: &str, default_port: u16) -> Result<Option<SocketAddr>, String> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let without_port = bare.parse::<IpAddr>().ok().map(|addr| SocketAddr::new(addr, default_port));
+    let address = text.parse().ok().or(without_port);
+    let usage = format!("{text:?} is no address to listen on, such as 0.0.0.0:{default_port} or [::]:{default_port}");
+    address.filter(|address| address.port() != 0).map(Some).ok_or(usage)
+}
+
 fn check_sizes(sizes: &Sizes, check: &mut Check) {
     /// What 32-bit positions and the kernel's maps bear, with room to spare.
     const LARGEST: u32 = 1 << 24;
@@ -237,9 +260,19 @@ mod tests {
     #[test]
     fn all_errors_are_told_at_once() {
         let wrong = "--cluster-cidr 10.0.0.1/8 --snat-ports 9-1 --max-flows 0 --nodeport-addresses all,10.0.0.0/8 \
-                     --log-level =;";
+                     --healthz-bind-address localhost:1 --metrics-bind-address 127.0.0.1:0 --log-level =;";
         let flags = config(wrong).unwrap_err();
-        assert_eq!(flags, ["snat-ports", "cluster-cidr", "nodeport-addresses", "max-flows", "manifests", "log-level"]);
+        let expected = [
+            "snat-ports",
+            "cluster-cidr",
+            "nodeport-addresses",
+            "max-flows",
+            "manifests",
+            "healthz-bind-address",
+            "metrics-bind-address",
+            "log-level",
+        ];
+        assert_eq!(flags, expected);
     }
 
     #[test]
@@ -256,6 +289,20 @@ mod tests {
         assert_eq!(node_ports("all"), NodePortAddresses::All);
         let within = NodePortAddresses::Within(["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()].into());
         assert_eq!(node_ports("10.0.0.0/8,fd00::/8"), within);
+    }
+
+    #[test]
+    fn listeners_have_default_ports_and_can_be_switched_off() {
+        let listener = |text: &str| parse_listener(text, 10256).unwrap().map(|address| address.to_string());
+        assert_eq!(listener("0.0.0.0:80").as_deref(), Some("0.0.0.0:80"));
+        assert_eq!(listener("192.0.2.1").as_deref(), Some("192.0.2.1:10256"));
+        for text in ["::", "[::]", "[::]:10256"] {
+            assert_eq!(listener(text).as_deref(), Some("[::]:10256"), "{text}");
+        }
+        assert_eq!(listener(""), None);
+        let defaults = config("--manifests m").unwrap();
+        assert_eq!(defaults.healthz, Some(SocketAddr::from(([0, 0, 0, 0], HEALTHZ_PORT))));
+        assert_eq!(defaults.metrics, Some(SocketAddr::from(([127, 0, 0, 1], METRICS_PORT))));
     }
 
     #[test]

@@ -10,6 +10,12 @@ pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/shunt";
 /// Where `--admin-socket` is by default.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/shunt/agent.sock";
 
+/// Port of `--healthz-bind-address` if it names none; what cloud load balancers probe on a Kubernetes node.
+pub const HEALTHZ_PORT: u16 = 10256;
+
+/// Port of `--metrics-bind-address` if it names none.
+pub const METRICS_PORT: u16 = 10249;
+
 /// Flags of `shunt agent`.
 #[derive(Clone, Debug, Args)]
 pub struct AgentFlags {
@@ -96,6 +102,18 @@ pub struct AgentFlags {
     /// Where `shunt status` asks the agent; for root only
     #[arg(long, value_name = "PATH", default_value = DEFAULT_ADMIN_SOCKET, help_heading = "Serving")]
     pub admin_socket: PathBuf,
+
+    /// Where /healthz, /livez and /readyz are served; empty: nowhere
+    ///
+    /// An address without a port gets 10256. An address that is in use is tried again every 5 seconds.
+    #[arg(long, value_name = "ADDR[:PORT]", default_value = "0.0.0.0:10256", help_heading = "Serving")]
+    pub healthz_bind_address: String,
+
+    /// Where /metrics is served, as Prometheus reads it; empty: nowhere
+    ///
+    /// An address without a port gets 10249. An address that is in use is tried again every 5 seconds.
+    #[arg(long, value_name = "ADDR[:PORT]", default_value = "127.0.0.1:10249", help_heading = "Serving")]
+    pub metrics_bind_address: String,
 
     /// What is logged: error, warn, info, debug, trace, or directives as MODULE=LEVEL, separated by commas
     #[arg(long, value_name = "LEVEL", default_value = "info", help_heading = "Logging")]

@@ -97,8 +97,15 @@ pub fn read_traffic(
     services: impl Iterator<Item = ServiceId>,
 ) -> Result<BTreeMap<ServiceId, Traffic>, Error> {
     let counters = PerCpu::<ServiceCounters>::open(maps, "service_counters")?;
-    let read = |id: ServiceId| Ok((id, counters.get(id.0)?.iter().fold(Traffic::default(), add)));
-    services.map(read).collect()
+    let mut traffic: BTreeMap<_, _> = services.map(|id| (id, Traffic::default())).collect();
+    // Ids are dense.
+    let count = traffic.keys().next_back().map_or(0, |last| last.0 + 1);
+    counters.for_each(count, |id, copies| {
+        if let Some(traffic) = traffic.get_mut(&ServiceId(id)) {
+            *traffic = copies.iter().fold(Traffic::default(), add);
+        }
+    })?;
+    Ok(traffic)
 }
 
 fn add(sum: Traffic, cpu: &ServiceCounters) -> Traffic {
@@ -178,22 +185,50 @@ fn flow_view(key: &FlowKey, value: &FlowValue, now: Seconds, service: String) ->
         frontend: text(value.peer, value.peer_port),
         backend: text(backend.0, backend.1),
         rewritten_source: rewritten,
-        state: state_text(hot),
+        state: FlowState::of(hot).name(),
         idle_seconds: (u64::from(hot.seen.age(now)) << 30) / 1_000_000_000,
         service,
     }
 }
 
-fn state_text(hot: Hot) -> &'static str {
-    let closing = Hot::FIN_CLIENT | Hot::FIN_BACKEND;
-    if hot.is_finished() {
-        "finished"
-    } else if hot.state & Hot::ESTABLISHED == 0 {
-        "opening"
-    } else if hot.state & closing != 0 {
-        "closing"
-    } else {
-        "established"
+/// How far a connection has come, in words for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowState {
+    /// The return path is not proven.
+    Opening,
+    /// It is.
+    Established,
+    /// An end has said that it is done.
+    Closing,
+    /// Both have, or one has reset it; the record is kept for late packets.
+    Finished,
+}
+
+impl FlowState {
+    /// All of them, in numerical order.
+    pub const ALL: [Self; 4] = [Self::Opening, Self::Established, Self::Closing, Self::Finished];
+
+    /// From the changing word of a plain entry.
+    pub fn of(hot: Hot) -> Self {
+        if hot.is_finished() {
+            Self::Finished
+        } else if hot.state & Hot::ESTABLISHED == 0 {
+            Self::Opening
+        } else if hot.state & (Hot::FIN_CLIENT | Hot::FIN_BACKEND) != 0 {
+            Self::Closing
+        } else {
+            Self::Established
+        }
+    }
+
+    /// The name in output and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Established => "established",
+            Self::Closing => "closing",
+            Self::Finished => "finished",
+        }
     }
 }
 

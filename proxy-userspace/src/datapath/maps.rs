@@ -91,6 +91,15 @@ impl<T: Pod> MappedArray<T> {
         self.words.words().get(start..start + Self::WORDS).ok_or_else(bounds)
     }
 
+    /// Calls `visit` for every element, as [`Self::read`] gives it.
+    pub(super) fn for_each(&self, mut visit: impl FnMut(&T)) {
+        let mut words = vec![0; Self::WORDS];
+        for element in self.words.words().chunks_exact(Self::WORDS) {
+            words.iter_mut().zip(element).for_each(|(copy, word)| *copy = word.load(Ordering::Acquire));
+            visit(&from_words(&words));
+        }
+    }
+
     /// The element, word by word: no more consistent than its single words.
     pub(super) fn read(&self, index: u32) -> Result<T, Error> {
         let words: Vec<u64> = self.at(index)?.iter().map(|word| word.load(Ordering::Acquire)).collect();
@@ -516,6 +525,35 @@ impl<V: Pod> PerCpu<V> {
         let mut copies = vec![0u64; words * self.cpus];
         sys::map_lookup(self.table.fd.as_fd(), &index, &mut copies).map_err(|source| self.table.refused(source))?;
         Ok(copies.chunks_exact(words).map(from_words).collect())
+    }
+
+    /// Calls `visit` with every CPU's copies of the first `count` elements, in order.
+    pub(super) fn for_each(&self, count: u32, mut visit: impl FnMut(u32, &[V])) -> Result<(), Error> {
+        /// Values of one system call.
+        const BYTES: usize = 256 << 10;
+        let count = count.min(self.table.capacity) as usize;
+        let words = size_of::<V>().div_ceil(8);
+        let element = words * self.cpus;
+        let length = (BYTES / (element * 8)).clamp(1, count.max(1));
+        let (mut keys, mut values) = (vec![0u32; length], vec![0u64; length * element]);
+        let mut copies = Vec::with_capacity(self.cpus);
+        let (mut cursor, mut done) = (sys::Cursor::default(), 0);
+        while done < count {
+            let wanted = length.min(count - done);
+            let (keys, values) = (&mut keys[..wanted], &mut values[..wanted * element]);
+            let batch = sys::map_lookup_batch(self.table.fd.as_fd(), &mut cursor, keys, values)
+                .map_err(|source| self.table.refused(source))?;
+            for (key, value) in keys[..batch.count].iter().zip(values.chunks_exact(element)) {
+                copies.clear();
+                copies.extend(value.chunks_exact(words).map(from_words::<V>));
+                visit(*key, &copies);
+            }
+            done += batch.count;
+            if batch.done || batch.count == 0 {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, index: u32) -> Result<(), Error> {

@@ -14,8 +14,10 @@
 //! | [`node`] | facts about this node, reserved source ports |
 //! | [`reconcile`] | the only writer: snapshot to plan to tables |
 //! | [`backlog`] | operations that were refused, and those behind them |
+//! | [`progress`] | what the reconciler tells about its work |
 //! | [`restore`] | what the pinned tables say |
 //! | [`inspect`] | tables and attachments in words |
+//! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
 //! | [`fake`] | tables for tests |
 //! | [`maps`] | the tables as the reconciler writes them |
@@ -31,10 +33,12 @@ pub mod inspect;
 pub mod kernel;
 pub mod kfunc;
 pub mod maps;
+pub mod metrics;
 pub mod network;
 pub mod node;
 pub mod object;
 pub mod pins;
+pub mod progress;
 pub mod reconcile;
 pub mod restore;
 pub mod sweep;

@@ -17,6 +17,8 @@ use proxy_common::addr::Addr;
 use super::backlog::Backlog;
 use super::backoff::Backoff;
 use super::maps::{self, Maps};
+use super::progress::Reporter;
+use super::sys;
 use crate::drain::Drain;
 use crate::error::chain;
 use crate::model::{Reader, ServiceKey, Snapshot, SourceId};
@@ -83,9 +85,9 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
-    /// Makes the tables say what `snapshot` wants.
-    pub fn advance(&mut self, snapshot: &Arc<Snapshot>) {
-        self.plan(|state| state.advance(snapshot));
+    /// Makes the tables say what `snapshot` wants. Returns how many operations that took.
+    pub fn advance(&mut self, snapshot: &Arc<Snapshot>) -> usize {
+        self.plan(|state| state.advance(snapshot))
     }
 
     /// Forgets an address that no flow uses any more.
@@ -93,13 +95,15 @@ impl<M: Maps> Reconciler<M> {
         self.plan(|state| state.prune_address(addr));
     }
 
-    fn plan(&mut self, plan: impl FnOnce(State) -> (State, Plan)) {
+    fn plan(&mut self, plan: impl FnOnce(State) -> (State, Plan)) -> usize {
         let state = self.state.take().expect("the state is put back after each planning");
         let (state, plan) = plan(state);
         self.state = Some(state);
+        let count = plan.groups.iter().map(|group| group.now.len() + group.after_grace.len()).sum();
         if !plan.is_empty() {
             self.apply(plan);
         }
+        count
     }
 
     /// Does a plan, up to what has to wait for programs to end.
@@ -236,6 +240,8 @@ pub struct Task<M> {
     pub sources: usize,
     /// Sources that had not listed in the snapshot that was planned last.
     pub pending: Arc<[SourceId]>,
+    /// To whom it tells what it is at.
+    pub reporter: Reporter,
 }
 
 impl<M: Maps> Task<M> {
@@ -253,9 +259,9 @@ impl<M: Maps> Task<M> {
                     Err(_) => break,
                 },
                 Some(unused) = self.unused.recv() => self.prune(unused),
-                count = grace.passed() => if blocking(|| self.reconciler.retire(count)) { self.advance() },
+                count = grace.passed() => if self.work(|reconciler| reconciler.retire(count)) { self.advance() },
                 () = until(retry_at) => {
-                    blocking(|| self.reconciler.retry());
+                    self.work(Reconciler::retry);
                     retry_at = None;
                 }
                 () = drain.wait() => break,
@@ -273,17 +279,32 @@ impl<M: Maps> Task<M> {
         info!("the tables stay as they are");
     }
 
+    /// Plans of so many operations leave much freed memory behind.
+    const LARGE: usize = 10_000;
+
     fn advance(&mut self) {
         let snapshot = self.snapshots.borrow_and_update().clone();
         // Services of sources that have not listed are kept as the tables have them, so there is nothing to wait for.
         let start = Instant::now();
-        blocking(|| self.reconciler.advance(&snapshot));
+        let done = self.work(|reconciler| reconciler.advance(&snapshot));
+        if done >= Self::LARGE {
+            sys::trim_heap();
+        }
         self.pending = snapshot.pending.clone();
-        debug!(elapsed = ?start.elapsed(), "reconciled");
+        self.reporter.applied((done > 0).then(|| start.elapsed()));
+        debug!(operations = done, elapsed = ?start.elapsed(), "reconciled");
     }
 
     fn prune(&mut self, unused: Vec<Addr>) {
-        blocking(|| unused.into_iter().for_each(|addr| self.reconciler.prune_address(addr)));
+        self.work(|reconciler| unused.into_iter().for_each(|addr| reconciler.prune_address(addr)));
+    }
+
+    /// Does what may take long.
+    fn work<T>(&mut self, work: impl FnOnce(&mut Reconciler<M>) -> T) -> T {
+        self.reporter.begin();
+        let result = blocking(|| work(&mut self.reconciler));
+        self.reporter.end();
+        result
     }
 
     fn publish(&self) {

@@ -13,9 +13,10 @@ use proxy_common::abi::flow::{FlowKey, FlowValue};
 use proxy_common::addr::{Addr, Be16, Proto};
 use proxy_common::lb::flow::{self, Hot, Seconds};
 use proxy_common::lb::tuple::Tuple;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::{debug, warn};
 
+use super::inspect::FlowState;
 use super::kernel::{self, MapFds};
 use super::maps::{Error, Table, Walk};
 use super::sys;
@@ -68,12 +69,38 @@ pub enum Origin {
 /// What one round came to.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
-    /// Entries looked at.
-    pub seen: usize,
+    /// Entries looked at in [`Both::established`].
+    pub established: usize,
+    /// Entries looked at in [`Both::pending`].
+    pub pending: usize,
+    /// Flows that go on, by [`FlowState`] number.
+    pub flows: [usize; FlowState::ALL.len()],
     /// Flows removed because they were over.
     pub expired: usize,
     /// Entries removed because they belonged to no flow.
     pub orphans: usize,
+}
+
+/// What the sweep tells.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Report {
+    /// Rounds done.
+    pub rounds: u64,
+    /// What the last one came to.
+    pub last: Outcome,
+    /// Flows that were removed in all rounds.
+    pub expired: u64,
+    /// Entries without a flow that were removed in all rounds.
+    pub orphans: u64,
+}
+
+impl Report {
+    fn add(&mut self, outcome: Outcome) {
+        self.rounds += 1;
+        self.expired += outcome.expired as u64;
+        self.orphans += outcome.orphans as u64;
+        self.last = outcome;
+    }
 }
 
 /// The sweep without its clock and its tables.
@@ -96,9 +123,14 @@ impl Sweep {
         now: Seconds,
     ) -> Result<(), Error> {
         for (key, value) in entries {
-            self.outcome.seen += 1;
+            match origin {
+                Origin::Established => self.outcome.established += 1,
+                Origin::Pending => self.outcome.pending += 1,
+            }
             if key.kind == FlowKey::PLAIN {
-                self.expire(tables, origin, &key, &value, now)?;
+                if !self.expire(tables, origin, &key, &value, now)? {
+                    self.count(tables, origin, &key, &value)?;
+                }
             } else if origin == Origin::Established {
                 self.check_orphan(tables, &key, &value)?;
             }
@@ -112,6 +144,21 @@ impl Sweep {
         std::mem::take(&mut self.outcome)
     }
 
+    /// Counts a flow that goes on, by its entry that counts: an older copy in the pending table does not.
+    fn count<T: Entries>(
+        &mut self,
+        tables: &Both<T>,
+        origin: Origin,
+        key: &FlowKey,
+        value: &FlowValue,
+    ) -> Result<(), Error> {
+        if origin == Origin::Established || tables.established.get(key)?.is_none() {
+            self.outcome.flows[FlowState::of(Hot::unpack(value.hot)) as usize] += 1;
+        }
+        Ok(())
+    }
+
+    /// Removes a flow that is over. True if it was.
     fn expire<T: Entries>(
         &mut self,
         tables: &Both<T>,
@@ -119,21 +166,22 @@ impl Sweep {
         key: &FlowKey,
         copy: &FlowValue,
         now: Seconds,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         if !is_expired(key, copy, now) {
-            return Ok(());
+            return Ok(false);
         }
         let table = match origin {
             Origin::Established => &tables.established,
             Origin::Pending => &tables.pending,
         };
-        let Some(value) = table.get(key)?.filter(|value| is_expired(key, value, now)) else { return Ok(()) };
+        let Some(value) = table.get(key)?.filter(|value| is_expired(key, value, now)) else { return Ok(false) };
         self.outcome.expired += 1;
         if origin == Origin::Established {
             remove_flow(&tables.established, key, &value)?;
         }
         // The copies that promotion left must not bring an expired flow back. An established flow does without them.
-        remove_flow(&tables.pending, key, &value)
+        remove_flow(&tables.pending, key, &value)?;
+        Ok(true)
     }
 
     /// A front or snat entry needs a plain one, in either table: a flow is promoted entry by entry.
@@ -252,6 +300,7 @@ pub struct Task {
     unused: mpsc::Sender<Vec<Addr>>,
     sweep: Sweep,
     lingering: Lingering,
+    report: watch::Sender<Report>,
 }
 
 impl Task {
@@ -259,7 +308,13 @@ impl Task {
     pub fn open(maps: &MapFds, unused: mpsc::Sender<Vec<Addr>>) -> Result<Self, kernel::Error> {
         let tables = Both { established: Table::open(maps, "flows")?, pending: Table::open(maps, "flows_pending")? };
         let addresses = Table::open(maps, "addresses")?;
-        Ok(Self { tables, addresses, unused, sweep: Sweep::default(), lingering: Lingering::default() })
+        let report = watch::Sender::default();
+        Ok(Self { tables, addresses, unused, sweep: Sweep::default(), lingering: Lingering::default(), report })
+    }
+
+    /// What it tells, after each round.
+    pub fn watch(&self) -> watch::Receiver<Report> {
+        self.report.subscribe()
     }
 
     /// Sweeps until the drain. A round that fails is given up; the next one begins anew.
@@ -282,12 +337,21 @@ impl Task {
     pub async fn round(&mut self, with_addresses: bool) -> Result<Outcome, Error> {
         let marked = if with_addresses { self.marked_addresses()? } else { HashSet::new() };
         let is_looking = !marked.is_empty();
+        // A round that failed may have left something.
+        self.sweep.outcome = Outcome::default();
         self.lingering.begin(marked);
         for origin in [Origin::Established, Origin::Pending] {
             self.walk(origin).await?;
         }
         let outcome = self.sweep.finish();
-        debug!(seen = outcome.seen, expired = outcome.expired, orphans = outcome.orphans, "flows swept");
+        self.report.send_modify(|report| report.add(outcome));
+        debug!(
+            established = outcome.established,
+            pending = outcome.pending,
+            expired = outcome.expired,
+            orphans = outcome.orphans,
+            "flows swept"
+        );
         if is_looking {
             let unused = self.lingering.finish();
             if !unused.is_empty() {
@@ -414,6 +478,22 @@ mod tests {
         let mut living = flow(200, lifetime::UDP_ANSWERED - 3);
         living.sort_by_key(|(key, _)| key.kind);
         assert_eq!(left, living);
+    }
+
+    #[test]
+    fn a_flow_is_counted_once_by_its_newest_state() {
+        let tables = both();
+        let opening = |entries: [(FlowKey, FlowValue); 3]| {
+            entries.map(|(key, value)| {
+                (key, FlowValue { hot: Hot { state: 0, ..Hot::unpack(value.hot) }.pack(), ..value })
+            })
+        };
+        tables.established.put(&flow(1, 1));
+        tables.pending.put(&opening(flow(1, 1)));
+        tables.pending.put(&opening(flow(2, 1)));
+        let outcome = round(&mut Sweep::default(), &tables);
+        assert_eq!((outcome.established, outcome.pending), (3, 6));
+        assert_eq!(outcome.flows, [1, 1, 0, 0]);
     }
 
     #[test]

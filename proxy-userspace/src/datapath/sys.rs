@@ -368,7 +368,8 @@ pub struct Batch {
     pub done: bool,
 }
 
-/// Copies the next entries of a hash map into `keys` and `values`, at most as many as fit.
+/// Copies the next entries of a map into `keys` and `values`, at most as many as there are keys. `values` has room for
+/// each key's value, in a per-CPU map for one of each CPU.
 ///
 /// A bucket that does not fit whole is ENOSPC: the caller retries with larger buffers from the same cursor.
 pub fn map_lookup_batch<K: Pod, V: Pod>(
@@ -377,17 +378,18 @@ pub fn map_lookup_batch<K: Pod, V: Pod>(
     keys: &mut [K],
     values: &mut [V],
 ) -> io::Result<Batch> {
+    assert!(values.len() >= keys.len());
     let mut next = 0u64;
     let mut attr = BatchAttr {
         in_batch: if cursor.started { &raw const cursor.token as u64 } else { 0 },
         out_batch: &raw mut next as u64,
         keys: keys.as_mut_ptr() as u64,
         values: values.as_mut_ptr() as u64,
-        count: keys.len().min(values.len()) as u32,
+        count: keys.len() as u32,
         map: raw(map),
         ..Default::default()
     };
-    // SAFETY: the buffers hold `count` plain elements, sized as the map; the tokens of hash maps have four bytes.
+    // SAFETY: the buffers hold `count` plain elements, sized as the map; the tokens of hash maps and arrays have four bytes.
     let done = match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) } {
         Ok(_) => false,
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,

@@ -1,6 +1,18 @@
-//! What the agent tells about itself: logs here, its status in [`admin`].
+//! What the agent tells about itself: logs here, its status in [`admin`], metrics.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`admin`] | the admin socket |
+//! | [`http`] | small HTTP listeners |
+//! | [`metrics`] | the registry as text |
+//! | [`process`] | this process as metrics |
+//! | [`status`] | what reconciler and sources report, as metrics |
 
 pub mod admin;
+pub mod http;
+pub mod metrics;
+pub mod process;
+pub mod status;
 
 use std::io::{IsTerminal as _, stderr};
 

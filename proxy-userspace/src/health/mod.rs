@@ -1,0 +1,297 @@
+//! Health of this node's service proxy, as load balancers, kubelets and people ask for it.
+//!
+//! | path | 200 | else 503 |
+//! |---|---|---|
+//! | `/healthz` | everything that the sources listed was programmed once, and the reconciler gets on | also before the first full load |
+//! | `/livez` | the reconciler gets on | only a restart might help |
+//! | `/readyz` | as `/healthz`, and the agent does not end | what is missing, a line each |
+//!
+//! The first two speak kube-proxy's JSON. Two answers differ from it, deliberately. Before its first sync kube-proxy calls
+//! itself healthy, and load balancers send traffic to a node that has no services yet. And an agent that ends stays healthy
+//! for them: what it programmed works on. May touch: nothing; it looks at what other parts tell.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use hyper::StatusCode;
+use jiff::Timestamp;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family as MetricFamily;
+use prometheus_client::registry::Registry;
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::datapath::progress::Progress;
+use crate::datapath::reconcile::Status;
+use crate::drain::Drain;
+use crate::model::{Family, SourceId};
+use crate::telemetry::http::{Answer, Handler, Question};
+
+/// The reconciler does not get on when it is at one piece of work for that long. kube-proxy: twice its sync period of 30 s.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What Go prints for a time that never was.
+const NEVER: &str = "0001-01-01T00:00:00Z";
+
+const PATHS: [&str; 3] = ["/healthz", "/livez", "/readyz"];
+
+/// What health is judged by.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    /// Sources whose first list is not complete.
+    pub pending: Vec<SourceId>,
+    /// All have listed, and what they listed is programmed.
+    pub is_programmed: bool,
+    /// The programs are attached.
+    pub is_attached: bool,
+    /// The agent ends.
+    pub is_draining: bool,
+    /// What the reconciler is at.
+    pub progress: Progress,
+}
+
+impl View {
+    /// Clients of services can be sent here.
+    fn is_loaded(&self) -> bool {
+        self.is_programmed && self.is_attached
+    }
+
+    /// The reconciler gets on. The first load may take its time: a restart would only begin it anew.
+    fn is_alive(&self, now: Instant) -> bool {
+        let is_stuck = |since: Instant| now.saturating_duration_since(since) > PATIENCE;
+        self.progress.applied.is_none() || !self.progress.busy_since.is_some_and(is_stuck)
+    }
+
+    /// What keeps the agent from being ready, a sentence each.
+    fn missing(&self, now: Instant) -> Vec<String> {
+        let mut missing = Vec::new();
+        if self.is_draining {
+            missing.push("the agent ends".to_owned());
+        }
+        missing.extend(self.pending.iter().map(|source| format!("{source} has not listed everything yet")));
+        if !self.is_programmed && self.pending.is_empty() {
+            missing.push("the first plan is not applied yet".to_owned());
+        }
+        if !self.is_attached {
+            missing.push("the programs are not attached yet".to_owned());
+        }
+        if !self.is_alive(now) {
+            missing.push(format!("the reconciler has been at one plan for more than {} s", PATIENCE.as_secs()));
+        }
+        missing
+    }
+}
+
+/// kube-proxy's answer on `/healthz` and `/livez`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ProxyHealth {
+    last_updated: String,
+    current_time: String,
+    /// Sources do not tell when a node is about to be deleted: it always is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_eligible: Option<bool>,
+    healthy: bool,
+    status: BTreeMap<&'static str, FamilyHealth>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct FamilyHealth {
+    last_updated: String,
+    healthy: bool,
+}
+
+impl ProxyHealth {
+    /// Both families are planned and applied together, so they have the same health.
+    fn new(progress: &Progress, healthy: bool, node_eligible: Option<bool>, wall: SystemTime) -> Self {
+        let applied = progress.applied.map_or_else(|| NEVER.to_owned(), time_text);
+        let current_time = time_text(wall);
+        // Old probers take an old time for bad health.
+        let last_updated = if healthy { current_time.clone() } else { applied.clone() };
+        let family = FamilyHealth { last_updated: applied, healthy };
+        let status = Family::ALL.iter().map(|name| (name.name(), family.clone())).collect();
+        Self { last_updated, current_time, node_eligible, healthy, status }
+    }
+
+    fn answer(&self) -> Answer {
+        let body = serde_json::to_string(self).expect("strings and booleans have a JSON form");
+        Answer { status: status_code(self.healthy), content_type: "application/json", body }
+    }
+}
+
+/// RFC 3339 with a fraction.
+fn time_text(time: SystemTime) -> String {
+    // Fails only thousands of years from now.
+    Timestamp::try_from(time).map_or_else(|_| NEVER.to_owned(), |time| time.to_string())
+}
+
+fn status_code(is_good: bool) -> StatusCode {
+    if is_good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+/// The answer to a question about health, from the state and the time.
+fn answer(path: &str, view: &View, now: Instant, wall: SystemTime) -> Answer {
+    let is_alive = view.is_alive(now);
+    match path {
+        "/healthz" => ProxyHealth::new(&view.progress, is_alive && view.is_loaded(), Some(true), wall).answer(),
+        "/livez" => ProxyHealth::new(&view.progress, is_alive, None, wall).answer(),
+        "/readyz" => ready(&view.missing(now)),
+        _ => Answer::not_found(&PATHS),
+    }
+}
+
+fn ready(missing: &[String]) -> Answer {
+    let mut body = String::new();
+    missing.iter().for_each(|line| _ = writeln!(body, "{line}"));
+    if missing.is_empty() {
+        body.push_str("ready\n");
+    }
+    Answer::text(status_code(missing.is_empty()), body)
+}
+
+type ByCode = MetricFamily<[(&'static str, u16); 1], Counter>;
+
+/// Answers about health.
+#[derive(Debug)]
+pub struct Health {
+    status: watch::Receiver<Arc<Status>>,
+    attached: watch::Receiver<bool>,
+    progress: watch::Receiver<Progress>,
+    drain: Drain,
+    healthz: ByCode,
+    livez: ByCode,
+}
+
+impl Health {
+    /// Watches what the reconciler and the attachments tell, and whether the agent ends.
+    pub fn new(
+        status: watch::Receiver<Arc<Status>>,
+        attached: watch::Receiver<bool>,
+        progress: watch::Receiver<Progress>,
+        drain: Drain,
+    ) -> Self {
+        Self { status, attached, progress, drain, healthz: ByCode::default(), livez: ByCode::default() }
+    }
+
+    /// Answers by code, under kube-proxy's names.
+    pub fn register(&self, registry: &mut Registry) {
+        let kube_proxy = registry.sub_registry_with_prefix("kubeproxy");
+        kube_proxy.register("proxy_healthz", "Answers on /healthz by code", self.healthz.clone());
+        kube_proxy.register("proxy_livez", "Answers on /livez by code", self.livez.clone());
+    }
+
+    fn view(&self) -> View {
+        let status = self.status.borrow().clone();
+        View {
+            pending: status.pending.clone(),
+            is_programmed: status.is_ready,
+            is_attached: *self.attached.borrow(),
+            is_draining: self.drain.has_begun(),
+            progress: self.progress.borrow().clone(),
+        }
+    }
+}
+
+impl Handler for Health {
+    async fn answer(&self, question: Question<'_>) -> Answer {
+        let answer = answer(question.path, &self.view(), Instant::now(), SystemTime::now());
+        let counter = match question.path {
+            "/healthz" => Some(&self.healthz),
+            "/livez" => Some(&self.livez),
+            _ => None,
+        };
+        if let Some(counter) = counter {
+            counter.get_or_create(&[("code", answer.status.as_u16())]).inc();
+        }
+        answer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WALL: SystemTime = SystemTime::UNIX_EPOCH;
+
+    fn loaded() -> View {
+        View { is_programmed: true, is_attached: true, progress: applied(), ..View::default() }
+    }
+
+    fn applied() -> Progress {
+        Progress { busy_since: None, applied: Some(WALL + Duration::from_millis(1500)) }
+    }
+
+    fn codes(view: &View, now: Instant) -> [u16; 3] {
+        PATHS.map(|path| answer(path, view, now, WALL).status.as_u16())
+    }
+
+    #[test]
+    fn nothing_but_life_before_the_first_full_load() {
+        let now = Instant::now();
+        assert_eq!(codes(&View::default(), now), [503, 200, 503]);
+        let one_of_two = View { pending: vec![SourceId::Kubernetes], progress: applied(), ..View::default() };
+        assert_eq!(codes(&one_of_two, now), [503, 200, 503]);
+        assert_eq!(codes(&View { is_attached: false, ..loaded() }, now), [503, 200, 503]);
+        assert_eq!(codes(&loaded(), now), [200, 200, 200]);
+    }
+
+    #[test]
+    fn an_ending_agent_is_not_ready_but_its_node_is_healthy() {
+        let view = View { is_draining: true, ..loaded() };
+        assert_eq!(codes(&view, Instant::now()), [200, 200, 503]);
+        assert_eq!(answer("/readyz", &view, Instant::now(), WALL).body, "the agent ends\n");
+    }
+
+    #[test]
+    fn a_reconciler_that_does_not_get_on_is_ill_after_its_first_load_only() {
+        let start = Instant::now();
+        let busy = |applied| View { progress: Progress { busy_since: Some(start), applied }, ..loaded() };
+        let [soon, late] = [PATIENCE, PATIENCE + Duration::from_millis(1)].map(|after| start + after);
+        assert_eq!(codes(&busy(Some(WALL)), soon), [200, 200, 200]);
+        assert_eq!(codes(&busy(Some(WALL)), late), [503, 503, 503]);
+        let first = View { is_programmed: false, ..busy(None) };
+        assert_eq!(codes(&first, late), [503, 200, 503]);
+    }
+
+    #[test]
+    fn what_is_missing_is_told_a_line_each() {
+        let view = View { pending: vec![SourceId::Manifests, SourceId::Consul], ..View::default() };
+        let expected = "manifests has not listed everything yet\nconsul has not listed everything yet\n\
+                        the programs are not attached yet\n";
+        assert_eq!(answer("/readyz", &view, Instant::now(), WALL).body, expected);
+        let unplanned = View { is_attached: true, ..View::default() };
+        assert_eq!(answer("/readyz", &unplanned, Instant::now(), WALL).body, "the first plan is not applied yet\n");
+        assert_eq!(answer("/readyz", &loaded(), Instant::now(), WALL).body, "ready\n");
+    }
+
+    #[test]
+    fn health_has_the_shape_of_kube_proxy() {
+        let wall = WALL + Duration::from_secs(60);
+        let healthy = answer("/healthz", &loaded(), Instant::now(), wall);
+        assert_eq!(healthy.content_type, "application/json");
+        let expected = concat!(
+            r#"{"lastUpdated":"1970-01-01T00:01:00Z","currentTime":"1970-01-01T00:01:00Z","nodeEligible":true,"#,
+            r#""healthy":true,"status":{"IPv4":{"lastUpdated":"1970-01-01T00:00:01.5Z","healthy":true},"#,
+            r#""IPv6":{"lastUpdated":"1970-01-01T00:00:01.5Z","healthy":true}}}"#
+        );
+        assert_eq!(healthy.body, expected);
+        let ill = answer("/healthz", &View::default(), Instant::now(), wall).body;
+        assert!(
+            ill.starts_with(r#"{"lastUpdated":"0001-01-01T00:00:00Z","currentTime":"1970-01-01T00:01:00Z""#),
+            "{ill}"
+        );
+        let alive = answer("/livez", &loaded(), Instant::now(), wall).body;
+        assert_eq!(alive, expected.replace(r#""nodeEligible":true,"#, ""));
+    }
+
+    #[test]
+    fn an_unknown_path_tells_the_known_ones() {
+        let answer = answer("/", &loaded(), Instant::now(), WALL);
+        assert_eq!(answer.status, StatusCode::NOT_FOUND);
+        assert!(answer.body.contains("/healthz /livez /readyz"), "{}", answer.body);
+    }
+}

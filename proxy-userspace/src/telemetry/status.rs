@@ -1,0 +1,155 @@
+//! What the reconciler and the sources report, as metrics.
+//!
+//! May touch: nothing; it looks at the newest status and the newest snapshot.
+
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+
+use crate::datapath::reconcile::Status;
+use crate::model::{Reader, Snapshot, SourceId};
+
+#[derive(Debug)]
+struct Reports {
+    sources: Box<[SourceId]>,
+    status: watch::Receiver<Arc<Status>>,
+    snapshots: Reader,
+}
+
+/// Makes metrics of status and snapshots known; `sources` are those that are configured.
+pub fn register(
+    registry: &mut Registry,
+    sources: impl Iterator<Item = SourceId>,
+    status: watch::Receiver<Arc<Status>>,
+    snapshots: Reader,
+) {
+    let reports = Reports { sources: sources.collect(), status, snapshots };
+    registry.sub_registry_with_prefix("shunt").register_collector(Box::new(reports));
+}
+
+impl Collector for Reports {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let status = self.status.borrow().clone();
+        let snapshot = self.snapshots.borrow().clone();
+        encode_status(&mut encoder, &status)?;
+        encode_sources(&mut encoder, &self.sources, &status, &snapshot)
+    }
+}
+
+fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
+    let metric = encoder.encode_descriptor("plans", "Plans that changed something", None, MetricType::Counter)?;
+    ConstCounter::new(status.plans).encode(metric)?;
+    let waiting: usize = status.failures.iter().map(|failure| failure.waiting).sum();
+    let problems: usize = status.problems.values().map(Vec::len).sum();
+    let gauges = [
+        ("ready", "1 if everything that the sources listed is programmed", usize::from(status.is_ready)),
+        ("failures_waiting", "Changes that a table refused; they are tried again", waiting),
+        ("failed_services", "Services, and this node, with such changes", status.failures.len()),
+        ("problems", "Things that services ask for and do not get", problems),
+    ];
+    for (name, help, value) in gauges {
+        ConstGauge::new(value as u64).encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+    }
+    Ok(())
+}
+
+fn encode_sources(
+    encoder: &mut DescriptorEncoder<'_>,
+    sources: &[SourceId],
+    status: &Status,
+    snapshot: &Snapshot,
+) -> fmt::Result {
+    let help = "1 until everything that a source listed first is programmed";
+    let mut metric = encoder.encode_descriptor("source_pending", help, None, MetricType::Gauge)?;
+    for source in sources {
+        let is_pending = !status.is_ready && (status.pending.is_empty() || status.pending.contains(source));
+        ConstGauge::new(u64::from(is_pending)).encode(metric.encode_family(&[("source", source.name())])?)?;
+    }
+    let help = "Objects, or parts of them, that a source cannot use";
+    let mut metric = encoder.encode_descriptor("source_object_errors", help, None, MetricType::Gauge)?;
+    for source in sources {
+        let errors = snapshot.problems.get(source).map_or(0, |problems| problems.len());
+        ConstGauge::new(errors as u64).encode(metric.encode_family(&[("source", source.name())])?)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::encoding::text::encode_registry;
+
+    use super::*;
+    use crate::datapath::reconcile::Failure;
+    use crate::model::{Name, NodeFacts, ObjectProblem, ServiceKey};
+    use crate::planner::{Problem, Subject};
+
+    const SOURCES: [SourceId; 2] = [SourceId::Kubernetes, SourceId::Manifests];
+
+    fn text(status: Status, snapshot: Snapshot) -> String {
+        let mut registry = Registry::default();
+        let (_status, status) = watch::channel(Arc::new(status));
+        let (_snapshot, snapshots) = watch::channel(Arc::new(snapshot));
+        register(&mut registry, SOURCES.into_iter(), status, snapshots);
+        let mut text = String::new();
+        encode_registry(&mut text, &registry).unwrap();
+        text
+    }
+
+    fn snapshot() -> Snapshot {
+        Snapshot::empty(Arc::new(NodeFacts::named(Name::from("n"))), SOURCES)
+    }
+
+    #[track_caller]
+    fn assert_samples(text: &str, samples: &[&str]) {
+        for sample in samples {
+            assert!(text.lines().any(|line| line == *sample), "{sample}\n{text}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_programmed_at_first() {
+        let expected = [
+            "shunt_ready 0",
+            "shunt_plans_total 0",
+            r#"shunt_source_pending{source="kubernetes"} 1"#,
+            r#"shunt_source_pending{source="manifests"} 1"#,
+            r#"shunt_source_object_errors{source="manifests"} 0"#,
+        ];
+        assert_samples(&text(Status::default(), snapshot()), &expected);
+    }
+
+    #[test]
+    fn troubles_are_counted() {
+        let service = ServiceKey { source: SourceId::Manifests, namespace: Name::from("a"), name: Name::from("b") };
+        let failure = |waiting| Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting };
+        let status = Status {
+            plans: 5,
+            is_serving: true,
+            pending: vec![SourceId::Kubernetes],
+            failures: vec![failure(3), failure(4)],
+            problems: [(service, vec![Problem::NoClusterIp, Problem::NoClusterIp])].into(),
+            ..Status::default()
+        };
+        let mut snapshot = snapshot();
+        let problem = ObjectProblem { place: "a.yaml".into(), message: "no".into() };
+        snapshot.problems.insert(SourceId::Manifests, [problem].into());
+        let expected = [
+            "shunt_plans_total 5",
+            "shunt_failures_waiting 7",
+            "shunt_failed_services 2",
+            "shunt_problems 2",
+            r#"shunt_source_pending{source="kubernetes"} 1"#,
+            r#"shunt_source_pending{source="manifests"} 0"#,
+            r#"shunt_source_object_errors{source="kubernetes"} 0"#,
+            r#"shunt_source_object_errors{source="manifests"} 1"#,
+        ];
+        assert_samples(&text(status, snapshot), &expected);
+    }
+}
