@@ -34,6 +34,7 @@ use crate::drain::{self, Drain};
 use crate::health::Health;
 use crate::model::{NodeFacts, SourceSpec, Update, Writer};
 use crate::planner::{SnatPorts, State};
+use crate::source::kubernetes::{self, Kubernetes};
 use crate::source::manifests::{self, Manifests};
 use crate::telemetry::http::{Handler, Server};
 use crate::telemetry::metrics::Metrics;
@@ -202,6 +203,10 @@ async fn build(
         let source = Manifests::new(folder.clone(), updates_sender.clone());
         parts.spawn("manifests", drained(drain.clone(), async { Ok(source.run().await?) }));
     }
+    if let Some(access) = &config.kubernetes {
+        let source = Kubernetes::new(access.clone(), config.facts.name.clone(), updates_sender.clone());
+        parts.spawn("kubernetes", drained(drain.clone(), async { Ok(source.run().await?) }));
+    }
     // The store ends when the last source does.
     drop(updates_sender);
     Ok(())
@@ -209,7 +214,8 @@ async fn build(
 
 /// What is configured to be listed.
 fn sources(config: &Config) -> Vec<SourceSpec> {
-    config.manifests.iter().map(|_| manifests::SPEC).collect()
+    let manifests = config.manifests.iter().map(|_| manifests::SPEC);
+    manifests.chain(config.kubernetes.iter().map(|_| kubernetes::SPEC)).collect()
 }
 
 /// A part without an end of its own: the drain ends it.

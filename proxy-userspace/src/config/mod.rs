@@ -16,6 +16,7 @@ use proxy_common::abi::config::MAX_CIDRS;
 use crate::datapath::device::Choice;
 use crate::datapath::kernel::Sizes;
 use crate::model::{Name, NodeFacts, NodePortAddresses};
+use crate::source::kubernetes::access::{Access, Server};
 use raw::{AgentFlags, HEALTHZ_PORT, LogFormat, METRICS_PORT, SocketLb, Switch};
 
 /// What `shunt agent` is to do.
@@ -23,6 +24,8 @@ use raw::{AgentFlags, HEALTHZ_PORT, LogFormat, METRICS_PORT, SocketLb, Switch};
 pub struct Config {
     /// Folder of manifests.
     pub manifests: Option<PathBuf>,
+    /// How the Kubernetes API is reached.
+    pub kubernetes: Option<Access>,
     /// What configuration says of this node; addresses come from netlink.
     pub facts: NodeFacts,
     /// `--cgroup`; none: the root of cgroup2.
@@ -109,7 +112,10 @@ impl Config {
         let facts = facts(&flags, &mut check);
         let sizes = Sizes { services: flags.max_services, backends: flags.max_backends, flows: flags.max_flows };
         check_sizes(&sizes, &mut check);
-        check.refuse_if(flags.manifests.is_none(), "manifests", "no source of services is given");
+        let has_source = flags.manifests.is_some() || flags.kubernetes || flags.kubeconfig.is_some();
+        let message = "no source of services is given; --kubeconfig and --kubernetes are others";
+        check.refuse_if(!has_source, "manifests", message);
+        let kubernetes = kubernetes(&flags, &mut check);
         check.refuse_if(
             flags.socket_lb == SocketLb::Off && flags.host_clients == Switch::On,
             "socket-lb",
@@ -131,6 +137,7 @@ impl Config {
         }
         Ok(Self {
             manifests: flags.manifests,
+            kubernetes,
             facts,
             cgroup: flags.cgroup,
             socket_lb: flags.socket_lb,
@@ -144,6 +151,27 @@ impl Config {
             log: Log { level: flags.log_level, format: flags.log_format },
             ready_file: flags.ready_file,
         })
+    }
+}
+
+/// How the Kubernetes API is reached, if it is to be.
+fn kubernetes(flags: &AgentFlags, check: &mut Check) -> Option<Access> {
+    const NO_SERVER: &str = "is needed with --kubernetes: the address that every pod is given (KUBERNETES_SERVICE_HOST) is a \
+        service that this agent has yet to program; give the one at which nodes reach the API server, such as \
+        https://192.0.2.10:6443";
+    let both = flags.kubernetes && flags.kubeconfig.is_some();
+    check.refuse_if(both, "kubernetes", "uses the pod's service account, --kubeconfig another; give one of them");
+    let neither = !flags.kubernetes && flags.kubeconfig.is_none();
+    check.refuse_if(neither && flags.api_server.is_some(), "api-server", "needs --kubernetes or --kubeconfig");
+    let server = flags.api_server.as_deref().map(Server::parse).transpose();
+    let server = check.take("api-server", server, None);
+    match (&flags.kubeconfig, server) {
+        (Some(file), server) => Some(Access::Kubeconfig { file: file.clone(), server }),
+        (None, Some(server)) => Some(Access::ServiceAccount { dir: flags.service_account.clone(), server }),
+        (None, None) => {
+            check.refuse_if(flags.kubernetes && flags.api_server.is_none(), "api-server", NO_SERVER);
+            None
+        }
     }
 }
 
@@ -273,6 +301,22 @@ mod tests {
             "log-level",
         ];
         assert_eq!(flags, expected);
+    }
+
+    #[test]
+    fn the_api_server_is_never_guessed() {
+        assert_eq!(config("--kubernetes").unwrap_err(), ["api-server"]);
+        assert_eq!(config("--kubernetes --api-server ftp://a").unwrap_err(), ["api-server"]);
+        assert_eq!(config("--manifests m --api-server 192.0.2.1:6443").unwrap_err(), ["api-server"]);
+        assert_eq!(config("--kubernetes --kubeconfig f --api-server 192.0.2.1:6443").unwrap_err(), ["kubernetes"]);
+        let server = || Server::parse("https://192.0.2.1:6443").unwrap();
+        let access = config("--kubernetes --api-server 192.0.2.1:6443").unwrap().kubernetes;
+        assert!(matches!(access, Some(Access::ServiceAccount { server: found, .. }) if found == server()));
+        let access = config("--kubeconfig f").unwrap().kubernetes;
+        assert_eq!(access, Some(Access::Kubeconfig { file: "f".into(), server: None }));
+        let access = config("--kubeconfig f --api-server 192.0.2.1:6443").unwrap().kubernetes;
+        assert_eq!(access, Some(Access::Kubeconfig { file: "f".into(), server: Some(server()) }));
+        assert!(config("--manifests m").unwrap().kubernetes.is_none());
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use crate::source::kubernetes::access::SERVICE_ACCOUNT;
+
 /// Where `--bpffs` is by default.
 pub const DEFAULT_BPFFS: &str = "/sys/fs/bpf/shunt";
 
@@ -25,6 +27,26 @@ pub struct AgentFlags {
     /// swaps are fine. `shunt example` prints a file to start from.
     #[arg(long, value_name = "DIR", help_heading = "Sources")]
     pub manifests: Option<PathBuf>,
+
+    /// Read services from the Kubernetes API with this pod's service account; needs --api-server
+    ///
+    /// What the stock role system:node-proxier allows is enough.
+    #[arg(long, help_heading = "Sources")]
+    pub kubernetes: bool,
+
+    /// Read services from the Kubernetes API with the current context of this kubeconfig
+    #[arg(long, value_name = "FILE", help_heading = "Sources")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// Where nodes reach the Kubernetes API; with --kubeconfig, in place of the server it names
+    ///
+    /// Never the ClusterIP of the service `kubernetes` (KUBERNETES_SERVICE_HOST): this agent has yet to program it.
+    #[arg(long, value_name = "URL", help_heading = "Sources")]
+    pub api_server: Option<String>,
+
+    /// Directory of the service account's token and ca.crt
+    #[arg(long, value_name = "DIR", hide = true, default_value = SERVICE_ACCOUNT)]
+    pub service_account: PathBuf,
 
     /// Name of this node in the sources [default: the host name in lower case]
     ///

@@ -25,7 +25,7 @@
 //! No other part of the agent touches a map, a program or a link. Desired state comes in, status goes out.
 pub mod attach;
 pub mod backlog;
-mod backoff;
+pub mod backoff;
 pub mod btf;
 pub mod device;
 pub mod fake;
