@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use nix::sys::signal::Signal;
 use shunt_tests::cgroup::Cgroup;
 use shunt_tests::place::Place;
+use shunt_tests::probe::{TcpLoop, UdpLoop, UdpSockets};
 use shunt_tests::process::Process;
 use shunt_tests::traffic::Ports;
 use shunt_tests::wait;
@@ -42,6 +43,41 @@ fn services_work_without_an_agent_and_keep_their_ids_under_the_next() {
     assert_eq!(node.place.tcp(VIP).unwrap().server, "node");
     node.stop();
     assert_eq!(node.place.tcp(VIP).unwrap().server, "node");
+}
+
+/// Each start loads the programs anew and puts them behind the links that are there: one connection after the other, and
+/// UDP from sockets that stay, must not notice.
+#[test]
+fn nothing_fails_while_agents_are_killed_and_replaced() {
+    let mut node = Lone::new();
+    let _server = node.place.serve(Ports { tcp: &[8080], udp: &[8080] });
+    let both = service("web", "10.96.0.10", &["10.244.1.1"], 8080)
+        .replace(
+            "ports: [{port: 80, protocol: TCP}]",
+            "ports: [{name: t, port: 80, protocol: TCP}, {name: u, port: 80, protocol: UDP}]",
+        )
+        .replace(
+            "ports: [{name: '', port: 8080, protocol: TCP}]",
+            "ports: [{name: t, port: 8080, protocol: TCP}, {name: u, port: 8080, protocol: UDP}]",
+        );
+    node.manifests.write_text("web", &both);
+    node.start([]);
+    let (to, rate, workers) = (vec![VIP], 200, 4);
+    let mut tcp = node.place.tcp_loop(TcpLoop { to: to.clone(), rate, workers, count: None });
+    let mut udp = node.place.udp_loop(UdpLoop { to, rate, workers, count: None, sockets: UdpSockets::UnconnectedKept });
+    let ids = |node: &Lone| node.json("services").as_array().map(Vec::len);
+    for _ in 0..4 {
+        tcp.wait_answers(20);
+        udp.wait_answers(20);
+        node.crash();
+        tcp.wait_answers(20);
+        node.start([]);
+        node.log("adopted=true");
+        assert_eq!(ids(&node), Some(2));
+    }
+    assert_eq!(node.device_pins().len(), 4, "no link is left behind: {:?}", node.device_pins());
+    tcp.finish_clean();
+    udp.finish_clean();
 }
 
 #[test]

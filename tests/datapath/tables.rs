@@ -69,10 +69,10 @@ impl Numbers {
         let service = ServiceId(1 + self.below(15) as u32);
         let backend = BackendId(1 + self.below(63) as u32);
         match self.below(12) {
-            0 => Op::PutCidrs(Cidrs {
-                service: vec![Cidr { addr: self.addr(), mask: self.addr() }; self.below(3) as usize],
-                ..Cidrs::default()
-            }),
+            0 => {
+                let service = vec![Cidr { addr: self.addr(), mask: self.addr() }; self.below(3) as usize];
+                Op::PutCidrs(Cidrs { service, ..Cidrs::default() }.into())
+            }
             1 => Op::PutName { id: service, name: self.name() },
             2 => {
                 let (addr, port) = (self.addr(), Port(self.below(4) as u16).be());
