@@ -98,6 +98,7 @@ struct Setup {
     limits: Limits,
 }
 
+#[expect(clippy::reversed_empty_ranges, reason = "no ports at all")]
 fn setup(section: &Section) -> Setup {
     // Without `snat-ports` none, so that the tables show only what the file is about.
     let mut setup = Setup {
@@ -292,10 +293,10 @@ fn run(scenario: &Scenario) -> Scenario {
     let mut sections = vec![first.clone()];
     for section in &scenario.sections[1..] {
         let mut section = section.clone();
-        if !world.step(&section) {
-            if let Some(outcome) = world.outcome(&section) {
-                section.body = if outcome.is_empty() { "\n".to_owned() } else { format!("{outcome}\n") };
-            }
+        if !world.step(&section)
+            && let Some(outcome) = world.outcome(&section)
+        {
+            section.body = if outcome.is_empty() { "\n".to_owned() } else { format!("{outcome}\n") };
         }
         sections.push(section);
     }

@@ -126,7 +126,11 @@ fn step(
             let Some(seen) = listing.remove(&kind) else { return false };
             listed.insert(kind);
             let stale: Vec<_> = keys(target, groups, source, kind).filter(|key| !seen.contains(key)).collect();
-            stale.iter().fold(false, |changed, key| remove(target, groups, source, key) || changed)
+            let mut changed = false;
+            for key in &stale {
+                changed |= remove(target, groups, source, key);
+            }
+            changed
         }
         Event::Problems(_) => false,
     }
@@ -286,7 +290,11 @@ mod tests {
     }
 
     fn send(content: &mut Content, source: SourceId, events: impl IntoIterator<Item = Event>) -> bool {
-        events.into_iter().fold(false, |changed, event| content.apply(Update { source, event }) || changed)
+        let mut changed = false;
+        for event in events {
+            changed |= content.apply(Update { source, event });
+        }
+        changed
     }
 
     fn list(content: &mut Content, source: SourceId, kind: Kind, objects: impl IntoIterator<Item = Object>) -> bool {

@@ -32,7 +32,10 @@ impl Writer {
 
     /// Takes updates in their order; readers see their common result, if it changed anything.
     pub fn apply(&mut self, updates: impl IntoIterator<Item = Update>) {
-        let changed = updates.into_iter().fold(false, |changed, update| self.content.apply(update) || changed);
+        let mut changed = false;
+        for update in updates {
+            changed |= self.content.apply(update);
+        }
         self.publish_if(changed);
     }
 

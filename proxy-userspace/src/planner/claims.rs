@@ -64,6 +64,10 @@ impl Entry {
         self.claims.first()
     }
 
+    fn is_unused(&self) -> bool {
+        self.claims.is_empty() && self.programmed.is_none() && self.remarks.is_empty()
+    }
+
     /// Who would like to have it.
     pub(super) fn losers(&self) -> &[Claim] {
         self.claims.get(1..).unwrap_or_default()
@@ -102,10 +106,10 @@ impl Claims {
 
     /// Forgets a frontend that nobody claims and no table has.
     pub(super) fn tidy(&mut self, at: FrontendAddr) {
-        if let MapEntry::Occupied(entry) = self.0.entry(at) {
-            if entry.get().claims.is_empty() && entry.get().programmed.is_none() && entry.get().remarks.is_empty() {
-                entry.remove();
-            }
+        if let MapEntry::Occupied(entry) = self.0.entry(at)
+            && entry.get().is_unused()
+        {
+            entry.remove();
         }
     }
 

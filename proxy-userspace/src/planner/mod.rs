@@ -7,6 +7,7 @@
 //! | `endpoints` | endpoint selection: policies, readiness, hints (kube-proxy's rules) |
 //! | [`service`] | [`plan_service`]: one service, its endpoints, this node: what should be programmed |
 //! | [`ids`] | allocators of ids and slot ranges |
+//! | `backends` | backends by id and by address |
 //! | `claims` | who owns a frontend that several services claim |
 //! | [`usage`] | what addresses and ports are used for, counted over all users |
 //! | [`state`] | everything that is programmed: restored from the tables, advanced from snapshot to snapshot |
@@ -26,6 +27,7 @@
 //! - Planning everything from nothing leads to the same tables as any sequence of changes (but for ids and positions,
 //!   and for addresses that linger because flows may still use them).
 
+mod backends;
 mod claims;
 mod endpoints;
 pub mod ids;

@@ -68,7 +68,7 @@ pub struct Cidrs {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Op {
     /// Replaces the three lists of prefixes in the configuration; the rest of the record stays.
-    PutCidrs(Cidrs),
+    PutCidrs(Box<Cidrs>),
     /// Names a service id.
     PutName {
         /// The id.

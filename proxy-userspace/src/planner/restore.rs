@@ -7,17 +7,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use proxy_common::abi::address::AddressClass;
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::frontend::FrontendValue;
 use proxy_common::abi::service::{Range, ServiceRecord};
 use proxy_common::addr::Proto;
 
+use super::backends::{Backend, Backends, Listed, Programmed};
 use super::claims::Claims;
 use super::ids::{BackendId, Epoch, Ids, Limits, ServiceId, Slots, Stretch};
 use super::key::{BackendAddr, FrontendAddr, PortName};
 use super::service::{FrontendKind, PlannedFrontend};
-use super::state::{Backend, Orphans, Port, State, claim};
+use super::state::{Orphans, Port, State, claim};
 use super::tables::Tables;
 use super::usage::{Addresses, Ports, SnatPorts};
 
@@ -61,7 +61,8 @@ impl State {
         };
         let mut frontends = frontends_by_service(tables);
         for (name, id) in named {
-            let port = restore_port(tables, id, stretch_of(&id), frontends.remove(&id).unwrap_or_default());
+            let frontends = frontends.remove(&id).unwrap_or_default();
+            let port = restore_port(tables, &state.backends, id, stretch_of(&id), frontends);
             state.restore_claims(&name, &port);
             state.ports.insert(name, port);
         }
@@ -74,19 +75,17 @@ impl State {
         for frontend in &port.frontends {
             self.claims.put(frontend.at, claim(name, port, frontend));
         }
-        for (at, is_local) in &port.backends {
-            if let Some(backend) = self.backends.get_mut(at) {
+        for listed in &port.backends {
+            if let Some(backend) = self.backends.get_mut(listed.id()) {
                 backend.users += 1;
-                backend.local_users += u32::from(*is_local);
+                backend.local_users += u32::from(listed.is_local());
             }
         }
     }
 
     fn restore_addresses(&mut self, tables: &Tables) {
         for (addr, class) in &tables.addresses {
-            let uses = self.addresses.at(*addr);
-            uses.programmed = class.flags;
-            uses.node = class.flags & (AddressClass::NODE | AddressClass::NODE_PORT);
+            self.addresses.at(*addr).restore(class.flags);
         }
     }
 
@@ -102,12 +101,14 @@ impl State {
             uses.frontends += 1;
             uses.cluster_ips += u32::from(value.has(FrontendValue::CLUSTER_IP));
         }
-        for (at, backend) in &mut self.backends {
-            self.addresses.at(at.addr).backends += 1;
+        for (id, backend) in self.backends.iter() {
+            self.addresses.at(backend.at.addr).backends += 1;
             if backend.users == 0 {
-                backend.users = 1;
-                self.orphans.unlisted.push(*at);
+                self.orphans.unlisted.push(id);
             }
+        }
+        for id in &self.orphans.unlisted {
+            self.backends.get_mut(*id).expect("it was just seen").users = 1;
         }
     }
 }
@@ -140,15 +141,15 @@ fn named_services(tables: &Tables) -> (BTreeMap<Arc<PortName>, ServiceId>, Vec<S
     (named, unnamed)
 }
 
-/// Backends by address; and ids of which another one has the address.
-fn backends(tables: &Tables) -> (BTreeMap<BackendAddr, Backend>, Vec<BackendId>) {
-    let mut known = BTreeMap::new();
+/// Backends; and ids of which another one has the address.
+fn backends(tables: &Tables) -> (Backends, Vec<BackendId>) {
+    let mut known = Backends::default();
     let mut doubles = Vec::new();
     for (id, record) in tables.backends.iter().filter(|(_, record)| record.is_live()) {
-        let backend = Backend { id: *id, users: 0, local_users: 0, programmed: Some(record.flags) };
-        match known.contains_key(&address_of(record)) {
-            true => doubles.push(*id),
-            false => _ = known.insert(address_of(record), backend),
+        let (at, programmed) = (address_of(record), Programmed::from_flags(record.flags));
+        match known.find(&at) {
+            Some(_) => doubles.push(*id),
+            None => known.add(*id, Backend { at, users: 0, local_users: 0, programmed }),
         }
     }
     (known, doubles)
@@ -202,7 +203,13 @@ fn kind_of(at: &FrontendAddr, value: &FrontendValue) -> FrontendKind {
 
 /// A service port from its record. If its slots are not all its own, or name backends that are not there, nothing of it can
 /// be kept but its id.
-fn restore_port(tables: &Tables, id: ServiceId, stretch: Stretch, frontends: Vec<PlannedFrontend>) -> Port {
+fn restore_port(
+    tables: &Tables,
+    known: &Backends,
+    id: ServiceId,
+    stretch: Stretch,
+    frontends: Vec<PlannedFrontend>,
+) -> Port {
     let record = tables.services.get(&id).copied().unwrap_or(ServiceRecord::ZERO);
     let own = |position: u32| tables.slots.get(&position).filter(|slot| slot.owner == id.0);
     let live = |position: u32| {
@@ -219,7 +226,7 @@ fn restore_port(tables: &Tables, id: ServiceId, stretch: Stretch, frontends: Vec
         stretch,
         slots: found.iter().map(|(backend, _)| *backend).collect(),
         record: is_sound.then_some(record),
-        backends: backends.into_iter().collect(),
+        backends: backends.iter().filter_map(|(at, is_local)| Some(Listed::new(known.find(at)?, *is_local))).collect(),
         frontends: frontends.into(),
         created: None,
         is_held: true,

@@ -7,20 +7,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::frontend::FrontendValue;
-use proxy_common::abi::service::{Range, ServiceRecord, Slot};
+use proxy_common::abi::service::{Range, ServiceRecord};
 use proxy_common::addr::Addr;
 
+use super::backends::{Backend, Backends, Listed, Programmed};
 use super::claims::{Claim, Claims, Remark};
 use super::ids::{BackendId, Epoch, Ids, Limits, ServiceId, Slots, Stretch};
 use super::key::{BackendAddr, FrontendAddr, PortName};
 use super::node::NodeView;
-use super::plan::{Cidrs, Op, Plan};
+use super::plan::{Cidrs, Plan};
 use super::problem::Problem;
-use super::service::{Layout, PlannedFrontend, PortPlan, ServicePlan, plan_service};
+use super::service::{Layout, PlannedBackend, PlannedFrontend, PortPlan, ServicePlan, plan_service};
 use super::usage::{Addresses, Ports};
-use super::work::Work;
+use super::work::{Touched, Work};
 use crate::model::{Endpoints, ServiceKey, Snapshot, SourceId};
 
 /// What is programmed, and for whom. A value: each step takes it and gives the next one back.
@@ -34,7 +34,7 @@ pub struct State {
     pub(super) backend_ids: Ids,
     pub(super) slots: Slots,
     pub(super) ports: BTreeMap<Arc<PortName>, Port>,
-    pub(super) backends: BTreeMap<BackendAddr, Backend>,
+    pub(super) backends: Backends,
     pub(super) claims: Claims,
     pub(super) addresses: Addresses,
     pub(super) port_uses: Ports,
@@ -63,7 +63,7 @@ pub(super) struct Port {
     /// What the table says; `None` if it contradicts itself.
     pub record: Option<ServiceRecord>,
     /// Its backends, and whether it says that they run here.
-    pub backends: Box<[(BackendAddr, bool)]>,
+    pub backends: Box<[Listed]>,
     pub frontends: Box<[PlannedFrontend]>,
     pub created: Option<NonZeroU64>,
     /// Read from the tables, not planned yet.
@@ -78,25 +78,6 @@ struct Reserved {
     leaving: Vec<BackendId>,
 }
 
-/// A backend, as programmed.
-#[derive(Debug)]
-pub(super) struct Backend {
-    pub id: BackendId,
-    /// Service ports that list it.
-    pub users: u32,
-    /// Those that say it runs here.
-    pub local_users: u32,
-    /// Flags in the table, if it is there.
-    pub programmed: Option<u32>,
-}
-
-impl Backend {
-    /// The flags it should have. One user who knows that it runs here is enough.
-    pub fn flags(&self) -> u32 {
-        if self.local_users > 0 { BackendRecord::LOCAL } else { 0 }
-    }
-}
-
 /// Entries of the tables that no name or slot accounts for.
 #[derive(Default, Debug)]
 pub(super) struct Orphans {
@@ -105,7 +86,7 @@ pub(super) struct Orphans {
     /// Backends of which another id has the same address.
     pub backends: Vec<BackendId>,
     /// Backends in no slot, which count as used once.
-    pub unlisted: Vec<BackendAddr>,
+    pub unlisted: Vec<BackendId>,
 }
 
 impl State {
@@ -192,7 +173,9 @@ impl State {
         };
         let was_pending = |source: &SourceId| before.is_some_and(|(old, _)| old.is_pending(*source));
         let entered: Vec<_> = SourceId::ALL.into_iter().filter(was_pending).collect();
-        changed.extend(self.programmed_services().filter(|key| entered.contains(&key.source)).cloned());
+        if !entered.is_empty() {
+            changed.extend(self.programmed_services().filter(|key| entered.contains(&key.source)).cloned());
+        }
         if std::mem::take(&mut self.has_room) {
             changed.extend(self.refused.iter().cloned());
         }
@@ -258,39 +241,51 @@ impl State {
         work: &mut Work,
     ) -> Result<(), Problem> {
         let layout = plan.layout();
+        if self.is_programmed(&name, plan, &layout, created) {
+            return Ok(());
+        }
         let Reserved { id, stretch, leaving } = self.reserve(&name, plan, &layout)?;
-        self.list_backends(plan);
-        work.backends(name.service(), plan.backends.iter().map(|backend| backend.at));
+        let backends = self.list_backends(plan);
         let old = self.ports.remove(&name);
-        let slots: Box<[BackendId]> = layout.slots.iter().map(|at| self.backends[at].id).collect();
-        let record = record(&layout, stretch, plan.affinity);
-        match &old {
-            None => work.name(id, &name),
-            Some(old) => self.unlist_backends(old, work),
+        let old_stretch = old.as_ref().map(|old| old.stretch).unwrap_or_default();
+        if let Some(old) = &old {
+            self.unlist_backends(old, work);
         }
-        let known_stretch = old.as_ref().map(|old| old.stretch).unwrap_or_default();
-        if known_stretch != stretch {
-            self.slots.rest(known_stretch, self.epoch);
-            if stretch.count > 0 {
-                let slots = slots.iter().chain(&leaving).map(|backend| Slot { backend: backend.0, owner: id.0 });
-                work.write(&name, Op::WriteSlots { base: stretch.base, slots: slots.collect() });
-            }
+        if old_stretch != stretch {
+            self.slots.rest(old_stretch, self.epoch);
         }
-        let left = Range { base: stretch.base + slots.len() as u32, count: leaving.len() as u32 };
-        publish(&name, id, old.as_ref().and_then(|old| old.record), left, record, work);
         let port = Port {
             id,
             stretch,
-            slots,
-            record: Some(record),
-            backends: plan.backends.iter().map(|backend| (backend.at, backend.is_local)).collect(),
+            slots: layout.slots.iter().filter_map(|at| self.backends.find(at)).collect(),
+            record: Some(record(&layout, stretch, plan.affinity)),
+            backends,
             frontends: plan.frontends.iter().copied().collect(),
             created,
             is_held: false,
         };
         self.change_claims(&name, old.as_ref(), &port, work);
+        work.ports.push(Touched {
+            name: name.clone(),
+            is_new: old.is_none(),
+            has_new_slots: old_stretch != stretch,
+            old_record: old.and_then(|old| old.record),
+            leaving,
+        });
         self.ports.insert(name, port);
         Ok(())
+    }
+
+    /// True if everything in the plan is programmed already.
+    fn is_programmed(&self, name: &PortName, plan: &PortPlan, layout: &Layout, created: Option<NonZeroU64>) -> bool {
+        let Some(port) = self.ports.get(name).filter(|port| !port.is_held && port.created == created) else {
+            return false;
+        };
+        let listed = |planned: &PlannedBackend| Some(Listed::new(self.backends.find(&planned.at)?, planned.is_local));
+        port.record == Some(record(layout, port.stretch, plan.affinity))
+            && *port.frontends == *plan.frontends
+            && port.backends.iter().map(|listed| Some(*listed)).eq(plan.backends.iter().map(listed))
+            && self.are_slots(port, &layout.slots)
     }
 
     /// What a port will have: what it has, where that stays the same. Sees to it that there are ids for its new backends.
@@ -300,7 +295,7 @@ impl State {
         if known.is_none() && self.service_ids.available() == 0 {
             return Err(full("services", 1, self.limits.services));
         }
-        let new = plan.backends.iter().filter(|backend| !self.backends.contains_key(&backend.at)).count();
+        let new = plan.backends.iter().filter(|backend| self.backends.find(&backend.at).is_none()).count();
         if new > self.backend_ids.available() {
             return Err(full("backends", new, self.limits.backends));
         }
@@ -321,31 +316,37 @@ impl State {
     }
 
     fn are_slots(&self, port: &Port, wanted: &[BackendAddr]) -> bool {
-        let ids = wanted.iter().map(|at| self.backends.get(at).map(|backend| backend.id));
+        let ids = wanted.iter().map(|at| self.backends.find(at));
         port.record.is_some() && port.slots.iter().map(|id| Some(*id)).eq(ids)
     }
 
     /// Counts a port in as a user of its backends, with new ids for new ones.
-    fn list_backends(&mut self, plan: &PortPlan) {
-        for planned in &plan.backends {
-            let (ids, addresses) = (&mut self.backend_ids, &mut self.addresses);
-            let backend = self.backends.entry(planned.at).or_insert_with(|| {
-                addresses.at(planned.at.addr).backends += 1;
-                let id = BackendId(ids.take().expect("as many as needed were available"));
-                Backend { id, users: 0, local_users: 0, programmed: None }
-            });
+    fn list_backends(&mut self, plan: &PortPlan) -> Box<[Listed]> {
+        plan.backends.iter().map(|planned| self.list_backend(planned)).collect()
+    }
+
+    fn list_backend(&mut self, planned: &PlannedBackend) -> Listed {
+        let id = self.backends.find(&planned.at).unwrap_or_else(|| {
+            let id = BackendId(self.backend_ids.take().expect("as many as needed were available"));
+            self.addresses.at(planned.at.addr).backends += 1;
+            let backend = Backend { at: planned.at, users: 0, local_users: 0, programmed: Programmed::Absent };
+            self.backends.add(id, backend);
+            id
+        });
+        if let Some(backend) = self.backends.get_mut(id) {
             backend.users += 1;
             backend.local_users += u32::from(planned.is_local);
         }
+        Listed::new(id, planned.is_local)
     }
 
     /// Counts a port out as a user of its backends.
     fn unlist_backends(&mut self, port: &Port, work: &mut Work) {
-        for (at, is_local) in &port.backends {
-            if let Some(backend) = self.backends.get_mut(at) {
+        for listed in &port.backends {
+            if let Some(backend) = self.backends.get_mut(listed.id()) {
                 backend.users -= 1;
-                backend.local_users -= u32::from(*is_local);
-                work.left.push(*at);
+                backend.local_users -= u32::from(listed.is_local());
+                work.left.push(listed.id());
             }
         }
     }
@@ -376,7 +377,7 @@ impl State {
         }
         self.slots.rest(port.stretch, self.epoch);
         self.service_ids.rest(port.id.0, self.epoch);
-        work.retire_service(name.service(), port.id);
+        work.retired_services.push((Some(name.service().clone()), port.id));
     }
 
     /// Lets go of what nobody accounts for.
@@ -385,7 +386,7 @@ impl State {
         for (id, stretch) in orphans.services {
             self.slots.rest(stretch, self.epoch);
             self.service_ids.rest(id.0, self.epoch);
-            work.retired.push(Op::RetireService { id });
+            work.retired_services.push((None, id));
         }
         // A service that found no room stays as it was, with what its slots name.
         let is_named = |id: &BackendId| self.ports.values().any(|port| port.slots.contains(id));
@@ -393,12 +394,12 @@ impl State {
         self.orphans.backends = named;
         for id in unnamed {
             self.backend_ids.rest(id.0, self.epoch);
-            work.retired.push(Op::RetireBackend { id });
+            work.retired_backends.push(id);
         }
-        for at in orphans.unlisted {
-            if let Some(backend) = self.backends.get_mut(&at) {
+        for id in orphans.unlisted {
+            if let Some(backend) = self.backends.get_mut(id) {
                 backend.users -= 1;
-                work.left.push(at);
+                work.left.push(id);
             }
         }
     }
@@ -427,32 +428,6 @@ fn leaving(port: &Port, layout: &Layout) -> Vec<BackendId> {
     let old = Range::unpack(record.local);
     let first = (old.base.saturating_sub(port.stretch.base)) as usize;
     port.slots.iter().skip(first).take(old.count as usize).copied().collect()
-}
-
-/// Publishes a record. A set that becomes empty is published last: a frontend that leaves for another service must not
-/// meet it. `left`: where its old members are until then, if not where they were.
-fn publish(
-    name: &PortName,
-    id: ServiceId,
-    old: Option<ServiceRecord>,
-    left: Range,
-    new: ServiceRecord,
-    work: &mut Work,
-) {
-    let Some(old) = old else { return work.write(name, Op::PublishService { id, record: new }) };
-    let is_empty = |word: u64| Range::unpack(word).count == 0;
-    let old_local = if left.count > 0 { left.pack() } else { old.local };
-    let first = ServiceRecord {
-        cluster: if is_empty(new.cluster) { old.cluster } else { new.cluster },
-        local: if is_empty(new.local) { old_local } else { new.local },
-        ..new
-    };
-    if first != old {
-        work.write(name, Op::PublishService { id, record: first });
-    }
-    if first != new {
-        work.empty(Op::PublishService { id, record: new });
-    }
 }
 
 /// True if nothing differs that this node's entries depend on.

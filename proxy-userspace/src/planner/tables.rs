@@ -39,7 +39,7 @@ impl Tables {
     /// Does one change.
     pub fn apply(&mut self, op: &Op) {
         match op {
-            Op::PutCidrs(cidrs) => self.cidrs = cidrs.clone(),
+            Op::PutCidrs(cidrs) => self.cidrs = Cidrs::clone(cidrs),
             Op::PutName { id, name } => {
                 self.names.insert(*id, name.to_string());
             }

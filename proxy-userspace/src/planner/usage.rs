@@ -8,7 +8,7 @@ use proxy_common::addr::{Addr, Port};
 
 use super::plan::Op;
 
-/// Users of one address, and its class in the table.
+/// Users of one address, and its class in the table. There is one of these for each address of the cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct AddressUse {
     /// Frontends with this address.
@@ -17,34 +17,71 @@ pub(super) struct AddressUse {
     pub cluster_ips: u32,
     /// Backends with this address.
     pub backends: u32,
-    /// NODE and NODE_PORT, or zero.
-    pub node: u32,
-    /// Flags in the table; 0: no entry.
-    pub programmed: u32,
+    node: Flags,
+    programmed: Flags,
+}
+
+/// Flags of an [`AddressClass`], stored as narrow as they are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Flags(u8);
+
+const _: () = assert!(AddressClass::ANY_PORT <= u8::MAX as u32, "the flags of an address class no longer fit");
+
+impl From<u32> for Flags {
+    fn from(flags: u32) -> Self {
+        Self(flags as u8)
+    }
+}
+
+impl From<Flags> for u32 {
+    fn from(flags: Flags) -> Self {
+        flags.0.into()
+    }
 }
 
 impl AddressUse {
+    /// NODE and NODE_PORT, or zero.
+    pub(super) fn node(&self) -> u32 {
+        self.node.into()
+    }
+
+    /// Sets what the address is to this node.
+    pub(super) fn set_node(&mut self, flags: u32) {
+        self.node = flags.into();
+    }
+
+    /// Flags in the table; 0: no entry.
+    fn programmed(&self) -> u32 {
+        self.programmed.into()
+    }
+
+    /// Takes over what the table says.
+    pub(super) fn restore(&mut self, flags: u32) {
+        self.programmed = flags.into();
+        self.set_node(flags & (AddressClass::NODE | AddressClass::NODE_PORT));
+    }
+
     /// The flags its users want. An address of this node is never rejected on unknown ports, whatever else it is.
     fn wanted(&self) -> u32 {
         let flag = |count: u32, flag: u32| if count > 0 { flag } else { 0 };
-        let of_node = self.node != 0;
-        self.node
+        let cluster_ips = if self.node() != 0 { 0 } else { self.cluster_ips };
+        self.node()
             | flag(self.frontends, AddressClass::FRONTEND)
-            | flag(if of_node { 0 } else { self.cluster_ips }, AddressClass::CLUSTER_IP)
+            | flag(cluster_ips, AddressClass::CLUSTER_IP)
             | flag(self.backends, AddressClass::BACKEND)
     }
 
     /// The flags it should have in the end: flows to an address that was a frontend or a backend may live on.
     fn target(&self) -> u32 {
-        let lost = self.programmed & !self.wanted() & (AddressClass::FRONTEND | AddressClass::BACKEND) != 0;
-        let lingers = lost || self.programmed & AddressClass::FLOWS != 0;
+        let lost = self.programmed() & !self.wanted() & (AddressClass::FRONTEND | AddressClass::BACKEND) != 0;
+        let lingers = lost || self.programmed() & AddressClass::FLOWS != 0;
         self.wanted() | if lingers { AddressClass::FLOWS } else { 0 }
     }
 
     /// The flags it may have while frontends still come and go.
     fn meanwhile(&self) -> u32 {
-        let forbidden = if self.node != 0 { AddressClass::CLUSTER_IP } else { 0 };
-        (self.programmed | self.wanted()) & !forbidden
+        let forbidden = if self.node() != 0 { AddressClass::CLUSTER_IP } else { 0 };
+        (self.programmed() | self.wanted()) & !forbidden
     }
 
     fn is_unused(&self) -> bool {
@@ -70,16 +107,16 @@ impl Addresses {
     /// The change that gives an address what it lacks.
     pub(super) fn reveal(&mut self, addr: Addr) -> Option<Op> {
         let uses = self.at(addr);
-        let (known, flags) = (uses.programmed, uses.meanwhile());
-        uses.programmed = flags;
+        let (known, flags) = (uses.programmed(), uses.meanwhile());
+        uses.programmed = flags.into();
         (flags != known).then(|| put_address(addr, flags, known))
     }
 
     /// The change that leaves an address with what it should have in the end.
     pub(super) fn conceal(&mut self, addr: Addr) -> Option<Op> {
         let uses = self.at(addr);
-        let (known, flags) = (uses.programmed, uses.target());
-        uses.programmed = flags;
+        let (known, flags) = (uses.programmed(), uses.target());
+        uses.programmed = flags.into();
         if uses.is_unused() {
             self.0.remove(&addr);
         }
@@ -93,15 +130,15 @@ impl Addresses {
     /// The change that ends looking for flows to an address.
     pub(super) fn prune(&mut self, addr: Addr) -> Option<Op> {
         let uses = self.0.get_mut(&addr)?;
-        let known = uses.programmed;
         // Even if the flag is not known here: the programs may have set it.
-        uses.programmed &= !AddressClass::FLOWS;
-        match uses.programmed {
+        let flags = uses.programmed() & !AddressClass::FLOWS;
+        uses.programmed = flags.into();
+        match flags {
             0 => {
                 self.0.remove(&addr);
                 Some(Op::DeleteAddress { addr })
             }
-            flags => Some(put_address(addr, flags, known & !AddressClass::FLOWS).keeping_nothing()),
+            flags => Some(Op::PutAddress { addr, class: AddressClass { flags }, keep: 0 }),
         }
     }
 }
@@ -110,15 +147,6 @@ fn put_address(addr: Addr, flags: u32, known: u32) -> Op {
     // The programs mark only addresses that the table has.
     let keep = if known == 0 { 0 } else { AddressClass::FLOWS };
     Op::PutAddress { addr, class: AddressClass { flags }, keep }
-}
-
-impl Op {
-    fn keeping_nothing(self) -> Self {
-        match self {
-            Self::PutAddress { addr, class, .. } => Self::PutAddress { addr, class, keep: 0 },
-            other => other,
-        }
-    }
 }
 
 /// Ports for rewritten sources (`--snat-ports`).
@@ -235,7 +263,7 @@ mod tests {
 
     #[test]
     fn an_address_of_this_node_is_no_cluster_ip() {
-        let op = class_after(|uses| uses.node = AddressClass::NODE);
+        let op = class_after(|uses| uses.set_node(AddressClass::NODE));
         let Some(Op::PutAddress { class, .. }) = op else { panic!("{op:?}") };
         assert_eq!(class.flags, AddressClass::NODE | AddressClass::FRONTEND);
     }
@@ -244,10 +272,10 @@ mod tests {
     fn pruning_removes_what_only_flows_used() {
         let addr = Addr::from(Ipv4Addr::new(10, 0, 0, 1));
         let mut addresses = Addresses::default();
-        addresses.at(addr).programmed = AddressClass::FLOWS;
+        addresses.at(addr).restore(AddressClass::FLOWS);
         assert_eq!(addresses.prune(addr), Some(Op::DeleteAddress { addr }));
         assert_eq!(addresses.prune(addr), None);
-        addresses.at(addr).programmed = AddressClass::FLOWS | AddressClass::NODE;
+        addresses.at(addr).restore(AddressClass::FLOWS | AddressClass::NODE);
         let class = AddressClass { flags: AddressClass::NODE };
         assert_eq!(addresses.prune(addr), Some(Op::PutAddress { addr, class, keep: 0 }));
     }

@@ -3,96 +3,110 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use proxy_common::abi::address::AddressClass;
-use proxy_common::abi::backend::BackendRecord;
+use proxy_common::abi::address::{AddressClass, port_index};
 use proxy_common::abi::config::{Cidr, MAX_CIDRS};
 use proxy_common::abi::frontend::FrontendValue;
+use proxy_common::abi::service::{Range, ServiceRecord, Slot};
 use proxy_common::addr::Addr;
 
+use super::backends::{Backends, Programmed};
 use super::claims::Remark;
-use super::ids::ServiceId;
+use super::ids::{BackendId, Epoch, ServiceId};
 use super::key::{BackendAddr, FrontendAddr, PortName};
 use super::node::NodeView;
 use super::plan::{Cidrs, Group, Op, Plan, Subject};
-use super::state::State;
+use super::state::{Port, State};
 use super::usage::Ports;
 use crate::model::ServiceKey;
 
-/// What a step has touched so far.
+/// What a step has touched so far. Long lists, not many small ones: they lie apart from what stays.
 #[derive(Default, Debug)]
 pub(super) struct Work {
     /// Changes for the node itself.
     node: Vec<Op>,
-    services: BTreeMap<ServiceKey, ServiceWork>,
+    /// Service ports that were planned and differ.
+    pub ports: Vec<Touched>,
+    /// Backends that lost a user.
+    pub left: Vec<BackendId>,
+    /// Service ids that are no longer used, and for whom they were.
+    pub retired_services: Vec<(Option<ServiceKey>, ServiceId)>,
+    /// Backend ids that are no longer used.
+    pub retired_backends: Vec<BackendId>,
     /// Frontends whose claims changed, and a service whose claim it was.
     frontends: BTreeMap<FrontendAddr, Option<ServiceKey>>,
+    /// Frontends that get another value, and whose they are then.
+    points: Vec<(ServiceKey, FrontendAddr, FrontendValue)>,
+    /// Frontends that go, and whose they were.
+    withdrawals: Vec<(Option<ServiceKey>, FrontendAddr)>,
     /// Addresses that may have lost a use.
     addresses: BTreeSet<Addr>,
     /// Words of ports that may have lost a use.
     words: BTreeSet<u32>,
-    /// Sets that become empty.
-    emptied: Vec<Op>,
-    /// Backends that lost a user.
-    pub left: Vec<BackendAddr>,
-    /// Frontends that are to be removed and whose service is not known.
-    withdrawals: Vec<Op>,
-    /// Changes for after the grace period that belong to no service.
-    pub retired: Vec<Op>,
     /// Frontends about which services may have to be told something.
     remarked: BTreeSet<FrontendAddr>,
     /// Services whose problems may have changed.
     pub told: BTreeSet<ServiceKey>,
 }
 
+/// A service port that differs from before.
+#[derive(Debug)]
+pub(super) struct Touched {
+    /// Which.
+    pub name: Arc<PortName>,
+    /// Its id has no name yet.
+    pub is_new: bool,
+    /// Its slots have to be written.
+    pub has_new_slots: bool,
+    /// The record before, if it is known.
+    pub old_record: Option<ServiceRecord>,
+    /// Members of the old local set behind its new slots.
+    pub leaving: Vec<BackendId>,
+}
+
 /// What a step does for one service.
 #[derive(Default, Debug)]
 struct ServiceWork {
-    names: Vec<Op>,
-    backends: Vec<BackendAddr>,
-    writes: Vec<Op>,
-    points: Vec<Op>,
-    addresses: BTreeSet<Addr>,
-    words: BTreeSet<u32>,
-    withdrawals: Vec<Op>,
-    retired: Vec<Op>,
+    ports: Vec<Touched>,
+    points: Vec<(FrontendAddr, FrontendValue)>,
+    withdrawals: Vec<FrontendAddr>,
+    retired: Vec<ServiceId>,
+}
+
+/// What belongs to no single service, and comes last.
+#[derive(Default, Debug)]
+struct Leftovers {
+    now: Vec<Op>,
+    after_grace: Vec<Op>,
 }
 
 impl Work {
-    fn of(&mut self, key: &ServiceKey) -> &mut ServiceWork {
-        if !self.services.contains_key(key) {
-            self.services.insert(key.clone(), ServiceWork::default());
-        }
-        self.services.get_mut(key).expect("inserted above if it was missing")
-    }
-
-    /// A service id gets its name.
-    pub(super) fn name(&mut self, id: ServiceId, name: &Arc<PortName>) {
-        self.of(name.service()).names.push(Op::PutName { id, name: name.clone() });
-    }
-
-    /// Slots or a record are written.
-    pub(super) fn write(&mut self, name: &PortName, op: Op) {
-        self.of(name.service()).writes.push(op);
-    }
-
-    /// A record of which a set becomes empty is published after everything else.
-    pub(super) fn empty(&mut self, op: Op) {
-        self.emptied.push(op);
-    }
-
-    /// A service lists backends.
-    pub(super) fn backends(&mut self, service: &ServiceKey, listed: impl Iterator<Item = BackendAddr>) {
-        self.of(service).backends.extend(listed);
-    }
-
     /// The claims on a frontend have changed.
     pub(super) fn frontend(&mut self, at: FrontendAddr, service: Option<&ServiceKey>) {
         self.frontends.insert(at, service.cloned());
     }
 
-    /// A service id is no longer used.
-    pub(super) fn retire_service(&mut self, service: &ServiceKey, id: ServiceId) {
-        self.of(service).retired.push(Op::RetireService { id });
+    /// What has been touched, by service; the rest goes to `leftovers`.
+    fn by_service(&mut self, leftovers: &mut Leftovers) -> BTreeMap<ServiceKey, ServiceWork> {
+        let mut services = BTreeMap::<ServiceKey, ServiceWork>::new();
+        for touched in std::mem::take(&mut self.ports) {
+            services.entry(touched.name.service().clone()).or_default().ports.push(touched);
+        }
+        for (service, at, value) in std::mem::take(&mut self.points) {
+            services.entry(service).or_default().points.push((at, value));
+        }
+        for (service, at) in std::mem::take(&mut self.withdrawals) {
+            match service {
+                Some(service) => services.entry(service).or_default().withdrawals.push(at),
+                None => leftovers.now.push(Op::DeleteFrontend { at }),
+            }
+        }
+        for (service, id) in std::mem::take(&mut self.retired_services) {
+            match service {
+                Some(service) => services.entry(service).or_default().retired.push(id),
+                None => leftovers.after_grace.push(Op::RetireService { id }),
+            }
+        }
+        services
     }
 }
 
@@ -113,18 +127,18 @@ impl State {
         let cidrs = if is_complete { node.cidrs.clone() } else { self.cidrs_and(&node.cidrs) };
         if cidrs != self.cidrs {
             self.cidrs = cidrs.clone();
-            work.node.push(Op::PutCidrs(cidrs));
+            work.node.push(Op::PutCidrs(Box::new(cidrs)));
         }
-        let known = self.addresses.all().filter(|(_, uses)| uses.node != 0).map(|(addr, _)| addr);
+        let known = self.addresses.all().filter(|(_, uses)| uses.node() != 0).map(|(addr, _)| addr);
         let gone: Vec<Addr> = known.filter(|addr| !node.addresses.contains_key(addr)).collect();
         for addr in gone {
-            self.addresses.at(addr).node = 0;
+            self.addresses.at(addr).set_node(0);
             work.addresses.insert(addr);
         }
         for (addr, class) in &node.addresses {
             let uses = self.addresses.at(*addr);
-            let kept = if is_complete { 0 } else { uses.node & AddressClass::NODE_PORT };
-            uses.node = class | kept;
+            let kept = if is_complete { 0 } else { uses.node() & AddressClass::NODE_PORT };
+            uses.set_node(class | kept);
             work.node.extend(self.addresses.reveal(*addr));
             work.addresses.insert(*addr);
         }
@@ -146,15 +160,17 @@ impl State {
     /// The plan of a step that has planned all its services.
     pub(super) fn finish(&mut self, mut work: Work) -> Plan {
         for (at, toucher) in std::mem::take(&mut work.frontends) {
-            self.settle_frontend(at, toucher.as_ref(), &mut work);
+            self.settle_frontend(at, toucher, &mut work);
         }
         let mut plan = Plan { epoch: self.epoch, ..Plan::default() };
         plan.push(Subject::Node, std::mem::take(&mut work.node), Vec::new());
-        for (key, service) in std::mem::take(&mut work.services) {
-            let (now, after_grace) = self.settle_service(service, &mut work);
+        let mut leftovers = Leftovers::default();
+        for (key, service) in work.by_service(&mut leftovers) {
+            let (now, after_grace) = self.settle_service(service, &mut work, &mut leftovers);
             plan.push(Subject::Service(key), now, after_grace);
         }
-        self.settle_left_backends(&mut work, &mut plan);
+        self.settle_leftovers(&mut work, &mut leftovers);
+        plan.push(Subject::Leftovers, leftovers.now, leftovers.after_grace);
         for at in std::mem::take(&mut work.remarked) {
             self.settle_remarks(at, &mut work);
         }
@@ -163,27 +179,20 @@ impl State {
     }
 
     /// Compares the winner of a frontend with the table.
-    fn settle_frontend(&mut self, at: FrontendAddr, toucher: Option<&ServiceKey>, work: &mut Work) {
+    fn settle_frontend(&mut self, at: FrontendAddr, toucher: Option<ServiceKey>, work: &mut Work) {
         work.remarked.insert(at);
         let entry = self.claims.entry(at);
         let known = entry.programmed;
-        let winner = entry.winner().map(|claim| (claim.value, claim.owner.clone()));
-        entry.programmed = winner.as_ref().map(|(value, _)| *value);
-        if known == entry.programmed {
+        let winner = entry.winner().map(|claim| (claim.owner.service().clone(), claim.value));
+        let value = winner.as_ref().map(|(_, value)| *value);
+        entry.programmed = value;
+        if known == value {
             return;
         }
-        self.count_frontend(at, known, winner.as_ref().map(|(value, _)| *value), work);
-        match (winner, toucher) {
-            (Some((value, owner)), _) => {
-                let service = work.of(owner.service());
-                service.points.push(Op::PutFrontend { at, value });
-                match at.is_node_port() {
-                    true => service.words.insert(port_word(&at)),
-                    false => service.addresses.insert(at.addr),
-                };
-            }
-            (None, Some(service)) => work.of(service).withdrawals.push(Op::DeleteFrontend { at }),
-            (None, None) => work.withdrawals.push(Op::DeleteFrontend { at }),
+        self.count_frontend(at, known, value, work);
+        match winner {
+            Some((service, value)) => work.points.push((service, at, value)),
+            None => work.withdrawals.push((toucher, at)),
         }
     }
 
@@ -196,7 +205,7 @@ impl State {
         work: &mut Work,
     ) {
         if at.is_node_port() {
-            work.words.insert(port_word(&at));
+            work.words.insert(port_index(at.port).0);
             match (old, new) {
                 (None, Some(_)) => self.port_uses.add(at.port),
                 (Some(_), None) => self.port_uses.remove(at.port),
@@ -211,73 +220,87 @@ impl State {
     }
 
     /// The changes of one service, in order.
-    fn settle_service(&mut self, mut service: ServiceWork, work: &mut Work) -> (Vec<Op>, Vec<Op>) {
-        let mut now = service.names;
-        for at in service.backends {
-            let before = now.len();
-            now.extend(self.put_backend(at, work));
-            if now.len() > before {
-                service.addresses.insert(at.addr);
-            }
+    fn settle_service(
+        &mut self,
+        service: ServiceWork,
+        work: &mut Work,
+        leftovers: &mut Leftovers,
+    ) -> (Vec<Op>, Vec<Op>) {
+        let mut now = Vec::new();
+        let mut addresses = BTreeSet::new();
+        for touched in &service.ports {
+            self.prepare_port(touched, &mut now, &mut addresses, work, leftovers);
         }
-        now.append(&mut service.writes);
-        now.append(&mut service.points);
-        now.extend(service.addresses.into_iter().filter_map(|addr| self.addresses.reveal(addr)));
-        now.extend(service.words.into_iter().filter_map(|word| self.port_uses.reveal(word)));
-        now.append(&mut service.withdrawals);
-        (now, service.retired)
+        let points = service.points.iter().map(|(at, value)| Op::PutFrontend { at: *at, value: *value });
+        now.extend(points);
+        let words: BTreeSet<_> = node_ports(&service.points).map(|at| port_index(at.port).0).collect();
+        addresses.extend(service.points.iter().map(|(at, _)| *at).filter(|at| !at.is_node_port()).map(|at| at.addr));
+        now.extend(addresses.into_iter().filter_map(|addr| self.addresses.reveal(addr)));
+        now.extend(words.into_iter().filter_map(|word| self.port_uses.reveal(word)));
+        now.extend(service.withdrawals.into_iter().map(|at| Op::DeleteFrontend { at }));
+        (now, service.retired.into_iter().map(|id| Op::RetireService { id }).collect())
     }
 
-    /// The change that makes the table say what a backend is, if it does not.
-    fn put_backend(&mut self, at: BackendAddr, work: &mut Work) -> Option<Op> {
-        let backend = self.backends.get_mut(&at).filter(|backend| backend.users > 0)?;
-        let flags = backend.flags();
-        let known = backend.programmed.replace(flags);
-        if known.is_none() {
-            work.remarked.insert(as_frontend(at));
+    /// Name, backends, slots and record of a port.
+    fn prepare_port(
+        &mut self,
+        touched: &Touched,
+        now: &mut Vec<Op>,
+        addresses: &mut BTreeSet<Addr>,
+        work: &mut Work,
+        leftovers: &mut Leftovers,
+    ) {
+        let Some(port) = self.ports.get(&touched.name) else { return };
+        if touched.is_new {
+            now.push(Op::PutName { id: port.id, name: touched.name.clone() });
         }
-        let record = BackendRecord {
-            addr: at.addr,
-            port: at.port.be(),
-            proto: at.proto.0,
-            state: BackendRecord::STATE_LIVE,
-            flags,
-        };
-        (known != Some(flags)).then_some(Op::PutBackend { id: backend.id, record })
+        for listed in &port.backends {
+            if let Some((at, op)) = put_backend(&mut self.backends, listed.id()) {
+                addresses.insert(at.addr);
+                if self.claims.get(&as_frontend(at)).is_some() {
+                    work.remarked.insert(as_frontend(at));
+                }
+                now.push(op);
+            }
+        }
+        if touched.has_new_slots && port.stretch.count > 0 {
+            now.push(write_slots(port, &touched.leaving));
+        }
+        publish(port, touched, now, leftovers);
     }
 
     /// Takes away what has lost its last user.
-    fn settle_left_backends(&mut self, work: &mut Work, plan: &mut Plan) {
-        let mut now = std::mem::take(&mut work.emptied);
+    fn settle_leftovers(&mut self, work: &mut Work, leftovers: &mut Leftovers) {
         let mut left = std::mem::take(&mut work.left);
         left.sort_unstable();
         left.dedup();
-        for at in left {
-            now.extend(self.put_backend(at, work));
-            self.retire_unused_backend(at, work);
+        for id in left {
+            leftovers.now.extend(put_backend(&mut self.backends, id).map(|(_, op)| op));
+            self.retire_unused_backend(id, work);
         }
-        now.append(&mut work.withdrawals);
-        now.extend(work.addresses.iter().filter_map(|addr| self.addresses.conceal(*addr)));
-        now.extend(work.words.iter().filter_map(|word| self.port_uses.conceal(*word)));
-        plan.push(Subject::Leftovers, now, std::mem::take(&mut work.retired));
+        leftovers.now.extend(work.addresses.iter().filter_map(|addr| self.addresses.conceal(*addr)));
+        leftovers.now.extend(work.words.iter().filter_map(|word| self.port_uses.conceal(*word)));
+        leftovers.after_grace.extend(work.retired_backends.iter().map(|id| Op::RetireBackend { id: *id }));
     }
 
-    fn retire_unused_backend(&mut self, at: BackendAddr, work: &mut Work) {
-        if self.backends.get(&at).is_none_or(|backend| backend.users > 0) {
+    fn retire_unused_backend(&mut self, id: BackendId, work: &mut Work) {
+        if self.backends.get_mut(id).is_none_or(|backend| backend.users > 0) {
             return;
         }
-        if let Some(backend) = self.backends.remove(&at) {
-            self.addresses.at(at.addr).backends -= 1;
-            self.backend_ids.rest(backend.id.0, self.epoch);
-            work.addresses.insert(at.addr);
-            work.remarked.insert(as_frontend(at));
-            work.retired.push(Op::RetireBackend { id: backend.id });
+        if let Some(backend) = self.backends.remove(id) {
+            self.addresses.at(backend.at.addr).backends -= 1;
+            self.backend_ids.rest(id.0, self.epoch);
+            work.addresses.insert(backend.at.addr);
+            work.retired_backends.push(id);
+            if self.claims.get(&as_frontend(backend.at)).is_some() {
+                work.remarked.insert(as_frontend(backend.at));
+            }
         }
     }
 
     /// Brings what services are told about a frontend up to date.
     fn settle_remarks(&mut self, at: FrontendAddr, work: &mut Work) {
-        let is_backend = self.backends.contains_key(&as_backend(at));
+        let is_backend = self.backends.find(&as_backend(at)).is_some();
         let entry = self.claims.entry(at);
         let lost = entry.losers().iter().map(|claim| (claim.owner.service().clone(), Remark::Conflict));
         let own = entry.winner().filter(|_| is_backend).map(|claim| (claim.owner.service().clone(), Remark::IsBackend));
@@ -292,9 +315,46 @@ impl State {
     }
 }
 
+/// The change that makes the table say what a backend is, and its address; if it does not.
+fn put_backend(backends: &mut Backends, id: BackendId) -> Option<(BackendAddr, Op)> {
+    let backend = backends.get_mut(id)?;
+    let wanted = backend.wanted();
+    if wanted == backend.programmed || wanted == Programmed::Absent {
+        return None;
+    }
+    backend.programmed = wanted;
+    Some((backend.at, Op::PutBackend { id, record: backend.record() }))
+}
+
+fn write_slots(port: &Port, leaving: &[BackendId]) -> Op {
+    let slots = port.slots.iter().chain(leaving).map(|backend| Slot { backend: backend.0, owner: port.id.0 });
+    Op::WriteSlots { base: port.stretch.base, slots: slots.collect() }
+}
+
+/// Publishes a port's record. A set that becomes empty is published last: a frontend that leaves for another service must
+/// not meet it.
+fn publish(port: &Port, touched: &Touched, now: &mut Vec<Op>, leftovers: &mut Leftovers) {
+    let Some(new) = port.record else { return };
+    let Some(old) = touched.old_record else { return now.push(Op::PublishService { id: port.id, record: new }) };
+    let is_empty = |word: u64| Range::unpack(word).count == 0;
+    let left = Range { base: port.stretch.base + port.slots.len() as u32, count: touched.leaving.len() as u32 };
+    let old_local = if left.count > 0 { left.pack() } else { old.local };
+    let first = ServiceRecord {
+        cluster: if is_empty(new.cluster) { old.cluster } else { new.cluster },
+        local: if is_empty(new.local) { old_local } else { new.local },
+        ..new
+    };
+    if first != old {
+        now.push(Op::PublishService { id: port.id, record: first });
+    }
+    if first != new {
+        leftovers.now.push(Op::PublishService { id: port.id, record: new });
+    }
+}
+
 impl Plan {
     /// A plan of changes that belong to nobody.
-    pub(super) fn of_leftovers(epoch: super::ids::Epoch, ops: impl IntoIterator<Item = Op>) -> Self {
+    pub(super) fn of_leftovers(epoch: Epoch, ops: impl IntoIterator<Item = Op>) -> Self {
         let mut plan = Self { epoch, ..Self::default() };
         plan.push(Subject::Leftovers, ops.into_iter().collect(), Vec::new());
         plan
@@ -307,8 +367,8 @@ impl Plan {
     }
 }
 
-fn port_word(at: &FrontendAddr) -> u32 {
-    proxy_common::abi::address::port_index(at.port).0
+fn node_ports(points: &[(FrontendAddr, FrontendValue)]) -> impl Iterator<Item = FrontendAddr> {
+    points.iter().map(|(at, _)| *at).filter(FrontendAddr::is_node_port)
 }
 
 fn cluster_ip(value: Option<FrontendValue>) -> u32 {
