@@ -23,10 +23,11 @@ fn outside_clients_reach_a_local_backend_by_every_frontend_and_keep_their_addres
 fn pods_of_the_node_reach_local_and_remote_backends_and_keep_their_address() {
     let mut lab = Lab::new();
     each(|family, proto| {
-        let client = world::pod(2).port(family, 40_000);
         for name in [Name::Local, Name::Remote] {
-            let seen = lab.converse(proto, client, name.cluster_ip().port(family, world::PORT));
-            assert_eq!(seen.src(), client);
+            for (port, frontend) in (40_000..).zip(name.frontends(family)) {
+                let client = world::pod(2).port(family, port);
+                assert_eq!(lab.converse(proto, client, frontend).src(), client);
+            }
         }
     });
 }

@@ -28,6 +28,24 @@ fn fragments_go_where_the_first_one_goes_and_back() {
 }
 
 #[test]
+fn fragments_of_two_packets_between_the_same_hosts_are_told_apart() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        // Two ports of one address, led to different backends.
+        let client = world::outside(1).port(family, 4000);
+        let frontends = [Name::Local, Name::Remote].map(|name| world::node().port(family, name.node_port()));
+        let seen = frontends.map(|frontend| lab.converse(proto, client, frontend));
+        for (from, to) in [(0, 48), (48, 10_000)] {
+            for (id, (frontend, seen)) in (500..).zip(frontends.iter().zip(&seen)) {
+                let whole = lab.confirming(proto, client, *frontend);
+                let part = lab.through(&whole.fragment(id, from, to)).expect("it comes through");
+                assert_eq!((part.src(), part.dst()), (seen.src(), seen.dst()));
+            }
+        }
+    });
+}
+
+#[test]
 fn a_fragment_opens_a_udp_flow() {
     let mut lab = Lab::new();
     for family in Family::ALL {
