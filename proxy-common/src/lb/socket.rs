@@ -102,37 +102,183 @@ pub fn dial<T: Tables>(tables: &T, dial: &Dial, connects: bool) -> Verdict {
     }
 }
 
-/// The entry of a frontend, while its backend is still there.
+// A backend may stand behind several frontends of one socket. Its datagrams are then shown as the answers of the one that
+// was sent to last: of several entries with one backend, that one is kept in front.
+
+/// Where the socket's datagrams to a frontend go, while that backend is still there. Its answers are this frontend's now.
 #[inline(always)]
-pub fn entry_to<'a, T: Tables>(tables: &T, table: &'a SocketTable, addr: &Addr, port: Be16) -> Option<&'a SocketEntry> {
-    for entry in &table.entries {
+pub fn recall<T: Tables>(tables: &T, table: &mut SocketTable, addr: &Addr, port: Be16) -> Option<(Addr, Be16)> {
+    for position in 0..SOCKET_ENTRIES {
+        let entry = &table.entries[position];
         if entry.service != 0 && entry.frontend_port == port && entry.frontend == *addr {
             let backend = tables.backend(entry.backend_id)?;
-            let same = backend.is_live() && backend.addr == entry.backend && backend.port == entry.backend_port;
-            return if same { Some(entry) } else { None };
+            if !backend.is_live() || backend.addr != entry.backend || backend.port != entry.backend_port {
+                return None;
+            }
+            bring_forward(table, position);
+            return Some((backend.addr, backend.port));
         }
     }
     None
 }
 
-/// The entry of a backend, for a datagram that came from it.
+/// The entry whose answer a datagram is that came from this address.
 #[inline(always)]
 pub fn entry_from<'a>(table: &'a SocketTable, addr: &Addr, port: Be16) -> Option<&'a SocketEntry> {
-    table.entries.iter().find(|entry| entry.service != 0 && entry.backend_port == port && entry.backend == *addr)
+    table.entries.iter().find(|entry| is_from(entry, addr, port))
 }
 
 /// Stores an entry: in place of the one of the same frontend, else of the oldest.
 #[inline(always)]
 pub fn store(table: &mut SocketTable, new: &SocketEntry) {
-    for entry in &mut table.entries {
+    for position in 0..SOCKET_ENTRIES {
+        let entry = &mut table.entries[position];
         if entry.service != 0 && entry.frontend_port == new.frontend_port && entry.frontend == new.frontend {
             *entry = *new;
-            return;
+            return bring_forward(table, position);
         }
     }
     let position = table.next as usize & (SOCKET_ENTRIES - 1);
     table.entries[position] = *new;
     table.next = (position as u32 + 1) & (SOCKET_ENTRIES as u32 - 1);
+    bring_forward(table, position);
+}
+
+/// The socket sends to this address itself: from now on, what comes from there is nobody's answer.
+#[inline(always)]
+pub fn disown(table: &mut SocketTable, addr: &Addr, port: Be16) {
+    for entry in &mut table.entries {
+        if is_from(entry, addr, port) {
+            entry.service = 0;
+        }
+    }
+}
+
+#[inline(always)]
+fn is_from(entry: &SocketEntry, addr: &Addr, port: Be16) -> bool {
+    entry.service != 0 && entry.backend_port == port && entry.backend == *addr
+}
+
+/// The entry at `position` changes places with the first one of its backend.
+#[inline(always)]
+fn bring_forward(table: &mut SocketTable, position: usize) {
+    let position = position & (SOCKET_ENTRIES - 1);
+    let entry = table.entries[position];
+    for first in 0..SOCKET_ENTRIES {
+        if first == position {
+            return;
+        }
+        if is_from(&table.entries[first], &entry.backend, entry.backend_port) {
+            table.entries[position] = table.entries[first];
+            table.entries[first] = entry;
+            return;
+        }
+    }
 }
 
 const _: () = assert!(SOCKET_ENTRIES.is_power_of_two());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lb::world::{World, addr};
+
+    const PORT: Be16 = Be16(53);
+
+    /// A table, and a node with one service of two backends.
+    struct Socket {
+        world: World,
+        table: SocketTable,
+    }
+
+    const BACKENDS: [&str; 2] = ["10.244.1.5", "10.244.2.5"];
+
+    impl Socket {
+        fn new() -> Self {
+            let mut world = World::new();
+            world.add_service(&[(BACKENDS[0], 5353, true), (BACKENDS[1], 5353, false)], Proto::UDP);
+            Self { world, table: SocketTable::ZERO }
+        }
+
+        /// It sent to `frontend`, and that went to a backend of the service.
+        fn sends(&mut self, frontend: &str, backend: usize) {
+            let id = (1..).find(|&id| self.record(id).addr == addr(BACKENDS[backend])).expect("it was added");
+            let (backend, backend_port) = (self.record(id).addr, self.record(id).port);
+            let (frontend, frontend_port) = (addr(frontend), PORT);
+            let entry = SocketEntry { frontend, backend, frontend_port, backend_port, service: 1, backend_id: id };
+            store(&mut self.table, &entry);
+        }
+
+        fn record(&self, id: u32) -> crate::abi::backend::BackendRecord {
+            self.world.backends.borrow()[id as usize]
+        }
+
+        fn recalls(&mut self, frontend: &str) -> Option<Addr> {
+            recall(&self.world, &mut self.table, &addr(frontend), PORT).map(|(addr, _)| addr)
+        }
+
+        /// Whose answer comes from a backend.
+        fn answer_from(&self, backend: usize) -> Option<Addr> {
+            let port = self.record(1).port;
+            entry_from(&self.table, &addr(BACKENDS[backend]), port).map(|entry| entry.frontend)
+        }
+    }
+
+    #[test]
+    fn a_frontend_keeps_its_backend_while_that_is_there() {
+        let mut socket = Socket::new();
+        socket.sends("10.96.0.1", 0);
+        socket.sends("10.96.0.2", 1);
+        assert_eq!(socket.recalls("10.96.0.1"), Some(addr(BACKENDS[0])));
+        assert_eq!(socket.recalls("10.96.0.2"), Some(addr(BACKENDS[1])));
+        assert_eq!(socket.recalls("10.96.0.3"), None);
+        for record in socket.world.backends.borrow_mut().iter_mut().filter(|record| record.addr == addr(BACKENDS[0])) {
+            *record = crate::abi::backend::BackendRecord::ZERO;
+        }
+        assert_eq!(socket.recalls("10.96.0.1"), None);
+        assert_eq!(socket.recalls("10.96.0.2"), Some(addr(BACKENDS[1])));
+    }
+
+    #[test]
+    fn answers_of_a_shared_backend_are_those_of_the_frontend_that_was_sent_to_last() {
+        let mut socket = Socket::new();
+        let frontends = ["10.96.0.1", "10.96.0.2", "10.96.0.3"];
+        for frontend in frontends {
+            socket.sends(frontend, 0);
+            assert_eq!(socket.answer_from(0), Some(addr(frontend)));
+        }
+        socket.sends("10.96.0.4", 1);
+        for frontend in ["10.96.0.1", "10.96.0.3", "10.96.0.3", "10.96.0.2", "10.96.0.1"] {
+            assert_eq!(socket.recalls(frontend), Some(addr(BACKENDS[0])));
+            assert_eq!(socket.answer_from(0), Some(addr(frontend)));
+            assert_eq!(socket.answer_from(1), Some(addr("10.96.0.4")), "others keep theirs");
+        }
+    }
+
+    #[test]
+    fn answers_of_a_backend_that_was_sent_to_itself_are_its_own() {
+        let mut socket = Socket::new();
+        socket.sends("10.96.0.1", 0);
+        socket.sends("10.96.0.2", 0);
+        socket.sends("10.96.0.3", 1);
+        let port = socket.record(1).port;
+        disown(&mut socket.table, &addr(BACKENDS[0]), port);
+        assert_eq!(socket.answer_from(0), None);
+        assert_eq!(socket.answer_from(1), Some(addr("10.96.0.3")));
+        socket.sends("10.96.0.1", 0);
+        assert_eq!(socket.answer_from(0), Some(addr("10.96.0.1")));
+    }
+
+    #[test]
+    fn a_full_table_forgets_a_frontend_for_each_new_one_and_never_the_newest() {
+        let mut socket = Socket::new();
+        for number in 1..=40 {
+            let frontend = std::format!("10.96.0.{number}");
+            socket.sends(&frontend, number % 2);
+            assert_eq!(socket.recalls(&frontend), Some(addr(BACKENDS[number % 2])));
+            assert_eq!(socket.answer_from(number % 2), Some(addr(&frontend)));
+        }
+        let known = (1..=40).filter(|number| socket.recalls(&std::format!("10.96.0.{number}")).is_some());
+        assert_eq!(known.count(), SOCKET_ENTRIES);
+    }
+}

@@ -20,6 +20,8 @@ const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 const SOCK_STREAM: u32 = 1;
 const SOCK_DGRAM: u32 = 2;
+/// State of a connected socket, UDP included (include/net/tcp_states.h).
+const TCP_ESTABLISHED: u32 = 1;
 /// errno.h; the only error that applications ever get from here.
 const ECONNREFUSED: i32 = 111;
 
@@ -104,6 +106,38 @@ impl Call {
     }
 
     #[inline(always)]
+    fn is_connected(&self) -> bool {
+        let socket = self.socket();
+        // SAFETY: not null; a socket of the kernel.
+        !socket.is_null() && unsafe { (*socket).state } == TCP_ESTABLISHED
+    }
+
+    /// The address in the call is the one that the socket is connected to.
+    #[inline(always)]
+    fn names_peer(&self) -> bool {
+        if !self.is_connected() {
+            return false;
+        }
+        let socket = self.socket();
+        // SAFETY: not null, as `is_connected` saw; words are read one by one, as the verifier wants.
+        let (addr, port) = unsafe {
+            let addr = if self.v6 {
+                let words = (&raw const (*socket).dst_ip6).cast::<u32>();
+                Addr([
+                    words.read_volatile(),
+                    words.add(1).read_volatile(),
+                    words.add(2).read_volatile(),
+                    words.add(3).read_volatile(),
+                ])
+            } else {
+                Addr::from_v4_word((&raw const (*socket).dst_ip4).read_volatile())
+            };
+            (addr, Be16((&raw const (*socket).dst_port).read_volatile()))
+        };
+        port == self.port() && addr == self.addr()
+    }
+
+    #[inline(always)]
     fn dial(&self, proto: Proto) -> Dial {
         // SAFETY: the context of the running program.
         let (socket, netns) =
@@ -142,6 +176,14 @@ fn forget<T>(map: &SkStorage<T>, call: &Call) {
     unsafe { bpf_sk_storage_delete(core::ptr::from_ref(map).cast_mut().cast(), call.socket().cast()) };
 }
 
+/// What the socket sent before it is connected has no answers any more: the kernel takes none but the peer's.
+#[inline(always)]
+fn forget_datagrams(call: &Call, proto: Proto) {
+    if proto == Proto::UDP {
+        forget(&maps::sockets_udp, call);
+    }
+}
+
 #[inline(always)]
 fn connect(call: &Call) -> i32 {
     let Some(proto) = call.proto() else { return ALLOW };
@@ -150,12 +192,14 @@ fn connect(call: &Call) -> i32 {
         Verdict::Leave => {
             // The socket may have dialled a frontend before: a UDP socket is connected anew, a TCP connect failed.
             forget(&maps::sockets, call);
+            forget_datagrams(call, proto);
             ALLOW
         }
         Verdict::Translate(entry) => {
             // Without a memory the application would see another peer than it dialled: leave it to the packet path.
             let Some(stored) = storage(&maps::sockets, call, true) else { return ALLOW };
             *stored = entry;
+            forget_datagrams(call, proto);
             call.set(&entry.backend, entry.backend_port);
             ALLOW
         }
@@ -171,16 +215,27 @@ fn sendmsg(call: &Call) -> i32 {
     if call.proto() != Some(Proto::UDP) {
         return ALLOW;
     }
+    // The kernel asks here for connected sockets too if they are of IPv6 with an IPv4-mapped peer (udpv6_sendmsg); what
+    // becomes of those was decided when they were connected.
+    if call.names_peer() {
+        return ALLOW;
+    }
     let env = Env { ctx: () };
     let dial = call.dial(Proto::UDP);
-    if let Some(table) = storage(&maps::sockets_udp, call, false) {
-        if let Some(entry) = socket::entry_to(&env, table, &dial.addr, dial.port) {
-            call.set(&entry.backend, entry.backend_port);
+    let mut table = storage(&maps::sockets_udp, call, false);
+    if let Some(table) = &mut table {
+        if let Some((backend, port)) = socket::recall(&env, table, &dial.addr, dial.port) {
+            call.set(&backend, port);
             return ALLOW;
         }
     }
     match socket::dial(&env, &dial, false) {
-        Verdict::Leave => ALLOW,
+        Verdict::Leave => {
+            if let Some(table) = table {
+                socket::disown(table, &dial.addr, dial.port);
+            }
+            ALLOW
+        }
         Verdict::Translate(entry) => {
             let Some(table) = storage(&maps::sockets_udp, call, true) else { return ALLOW };
             socket::store(table, &entry);
@@ -204,7 +259,8 @@ fn recvmsg(call: &Call) -> i32 {
             return ALLOW;
         }
     }
-    getpeername(call)
+    // What an unconnected socket once was connected to tells nothing.
+    if call.is_connected() { getpeername(call) } else { ALLOW }
 }
 
 /// Shows the frontend as peer of a connected socket.
