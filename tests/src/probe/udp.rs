@@ -1,6 +1,6 @@
 //! UDP clients: connected and unconnected sockets, one datagram and its answer at a time.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -37,7 +37,7 @@ struct Client {
 }
 
 impl Client {
-    /// A socket of the family of `to`.
+    /// A socket of the family of `to`, without a port until it is connected or sends.
     fn open(to: SocketAddr, bind: Option<SocketAddr>, is_mapped: bool) -> Result<Self, Failure> {
         let open = || {
             let socket = Socket::new(
@@ -45,10 +45,10 @@ impl Client {
                 Type::DGRAM,
                 Some(Protocol::UDP),
             )?;
-            let any =
-                if to.is_ipv4() && !is_mapped { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-            let bind = bind.unwrap_or(SocketAddr::new(any, 0));
-            socket.bind(&SockAddr::from(if is_mapped && !bind.ip().is_unspecified() { mapped(bind) } else { bind }))?;
+            if let Some(bind) = bind {
+                let is_any = bind.ip().is_unspecified();
+                socket.bind(&SockAddr::from(if is_mapped && !is_any { mapped(bind) } else { bind }))?;
+            }
             let socket = UdpSocket::from(socket);
             socket.set_read_timeout(Some(TIMEOUT))?;
             Ok(Self { socket, is_mapped })
