@@ -208,7 +208,8 @@ pub(super) fn services(args: &ShowArgs) -> Result<()> {
 
 fn service_view(id: ServiceId, tables: &Tables, traffic: Traffic) -> ServiceView {
     let record = tables.services.get(&id);
-    let set = |packed: Option<u64>| packed.map_or(SetView::Empty("none"), |packed| set_view(packed, tables));
+    // A record that was never written reads as what it means: nobody is there.
+    let set = |packed: Option<u64>| set_view(packed.unwrap_or(Range::REJECT.pack()), tables);
     let frontends = tables.frontends.iter().filter(|(_, value)| value.service == id.0);
     ServiceView {
         id: id.0,
