@@ -80,6 +80,24 @@ fn nothing_fails_while_agents_are_killed_and_replaced() {
     udp.finish_clean();
 }
 
+/// The links of an agent with another version of the tables are taken over; its tables go when nothing uses them.
+#[test]
+fn tables_of_another_version_go_once_their_programs_are_replaced() {
+    let mut node = Lone::new();
+    let _server = node.place.serve(Ports { tcp: &[8080], udp: &[] });
+    node.manifests.write_text("web", &service("web", "10.96.0.10", &["10.244.1.1"], 8080));
+    node.start([]);
+    node.stop();
+    let pins = node.pins();
+    let foreign = pins.base().join("v4000000000");
+    std::fs::rename(pins.maps(), &foreign).expect("pins can be moved");
+    assert_eq!(node.place.tcp(VIP).unwrap().server, "node", "programs hold their tables, whatever the pins are called");
+    node.start([]);
+    assert!(!foreign.exists());
+    assert_eq!(node.place.tcp(VIP).unwrap().server, "node");
+    assert_eq!(node.device_pins().len(), 4);
+}
+
 #[test]
 fn a_second_agent_on_one_directory_refuses() {
     let mut node = Lone::new();

@@ -494,6 +494,7 @@ impl Task {
         }
         if is_complete {
             self.continuations.prune_others(&self.devices.pins)?;
+            self.devices.pins.remove_other_layouts()?;
         }
         Ok(())
     }

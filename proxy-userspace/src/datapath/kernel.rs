@@ -31,7 +31,7 @@ pub enum Error {
     #[error(transparent)]
     Btf(#[from] btf::Error),
     /// What is pinned was made by another build or with other sizes.
-    #[error("what is pinned has another layout: {}", join(.0))]
+    #[error("what is pinned has another layout: {}; start with the sizes it has, or run `shunt cleanup` first", join(.0))]
     Layout(Vec<Mismatch>),
     /// The object cannot be parsed.
     #[error("the BPF object is not readable")]
@@ -424,7 +424,8 @@ mod tests {
     fn a_mismatch_names_map_property_and_both_values() {
         let mismatches = compare("flows", &PINNED, &MapInfo { max_entries: 32, ..PINNED });
         let text = Error::Layout(mismatches).to_string();
-        assert_eq!(text, "what is pinned has another layout: capacity of flows is 16, wanted 32");
+        assert!(text.contains("capacity of flows is 16, wanted 32"), "{text}");
+        assert!(text.contains("shunt cleanup"), "{text}");
     }
 
     #[test]

@@ -159,6 +159,12 @@ impl Pins {
         if is_mount_point(&self.base) { Ok(()) } else { remove_directory(&self.base) }
     }
 
+    /// Removes tables of other layout versions. To be called when no link runs a program that uses them.
+    pub fn remove_other_layouts(&self) -> Result<(), Error> {
+        let own = self.maps();
+        self.layouts()?.iter().filter(|layout| **layout != own).try_for_each(|layout| remove_layout(layout))
+    }
+
     /// Leaves a note for a later agent or for `shunt cleanup`: an empty directory, the only thing besides pins that a BPF
     /// file system can hold.
     pub fn mark(&self, note: &str) -> Result<(), Error> {
