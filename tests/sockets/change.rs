@@ -107,7 +107,7 @@ fn no_connection_fails_while_a_service_grows_and_shrinks() {
     let all = rig.endpoints();
     let mut loads = start_loads(&rig);
     for count in [1, 4, 2, 3, 1, 2, 4] {
-        rig.apply("web", &web().endpoints(all[..count].to_vec()), count);
+        rig.apply(&web().endpoints(all[..count].to_vec()));
         wait_answers(&mut loads);
     }
     finish_clean(loads);
@@ -140,7 +140,7 @@ fn a_manifest_that_cannot_be_parsed_changes_nothing_and_the_next_good_one_counts
             assert_answered(from, web_ip(), &["pod-1-1", "pod-1-2"]);
         }
         let only = &rig.node().pods[number % 2];
-        rig.apply("web", &web().endpoints([only]), 1);
+        rig.apply(&web().endpoints([only]));
         for from in rig.clients() {
             assert_answered(from, web_ip(), &[only.place.name()]);
         }
@@ -216,7 +216,7 @@ fn changes_in_the_second_after_the_last_are_seen_too() {
 fn endpoints_on_another_node_are_reached_by_the_same_sockets() {
     let rig = Rig::build_with(Plan { nodes: 2, pods: 1, ..Plan::default() }, |agent| agent);
     let remote = &rig.cluster.nodes[1].pods[0];
-    rig.apply("web", &web().endpoints([remote]), 1);
+    rig.apply(&web().endpoints([remote]));
     for from in rig.clients() {
         assert_answered(from, web_ip(), &[remote.place.name()]);
     }

@@ -29,8 +29,8 @@ fn ask_in_turn(from: &Place, to: &[SocketAddr], is_connected: bool, check: impl 
 fn one_socket_talks_to_several_frontends_and_gets_each_answer_from_where_it_sent() {
     let rig = Rig::build(2);
     let (one, two) = (SERVICES.host(11), SERVICES.host(12));
-    rig.apply("one", &plain("one", one).endpoints([rig.pod(0)]), 1);
-    rig.apply("two", &plain("two", two).endpoints([rig.pod(1)]), 1);
+    rig.apply(&plain("one", one).endpoints([rig.pod(0)]));
+    rig.apply(&plain("two", two).endpoints([rig.pod(1)]));
     for from in rig.clients() {
         for family in Family::ALL {
             let at = |addrs: shunt_tests::topology::Addrs| addrs.port(family, UDP_PORT);
@@ -47,8 +47,8 @@ fn one_socket_talks_to_several_frontends_and_gets_each_answer_from_where_it_sent
 fn frontends_with_the_same_backend_and_the_backend_itself_are_told_apart_by_one_socket() {
     let rig = Rig::build(2);
     let (one, two) = (SERVICES.host(11), SERVICES.host(12));
-    rig.apply("one", &plain("one", one).endpoints([rig.pod(1)]), 1);
-    rig.apply("two", &plain("two", two).endpoints([rig.pod(1)]), 1);
+    rig.apply(&plain("one", one).endpoints([rig.pod(1)]));
+    rig.apply(&plain("two", two).endpoints([rig.pod(1)]));
     for from in rig.clients() {
         for family in Family::ALL {
             let [one, two] = [one, two].map(|addrs| addrs.port(family, UDP_PORT));
@@ -67,8 +67,8 @@ fn frontends_with_the_same_backend_and_the_backend_itself_are_told_apart_by_one_
 fn a_socket_may_be_connected_anew_to_frontends_and_elsewhere() {
     let rig = Rig::build(3);
     let (one, two) = (SERVICES.host(11), SERVICES.host(12));
-    rig.apply("one", &plain("one", one).endpoints([rig.pod(0)]), 1);
-    rig.apply("two", &plain("two", two).endpoints([rig.pod(1)]), 1);
+    rig.apply(&plain("one", one).endpoints([rig.pod(0)]));
+    rig.apply(&plain("two", two).endpoints([rig.pod(1)]));
     for from in rig.clients() {
         for family in Family::ALL {
             let [one, two] = [one, two].map(|addrs| addrs.port(family, UDP_PORT));
@@ -104,7 +104,7 @@ fn an_unconnected_socket_stays_with_its_backend_until_that_is_gone() {
     let rig = Rig::build(4);
     let mut left = rig.endpoints();
     let (first, all) = (left.split_off(2), rig.endpoints());
-    rig.apply("web", &web().endpoints(first.clone()), 2);
+    rig.apply(&web().endpoints(first.clone()));
     for from in rig.clients() {
         for family in Family::ALL {
             let to = vec![web_ip().port(family, UDP_PORT)];
@@ -114,13 +114,13 @@ fn an_unconnected_socket_stays_with_its_backend_until_that_is_gone() {
             let servers: Vec<_> = stats.by_server.keys().cloned().collect();
             assert_eq!(servers.len(), 1, "one of two backends answered: {:?}", stats.by_server);
             // More backends do not move it, although a new pick might.
-            rig.apply("web", &web().endpoints(all.clone()), 4);
+            rig.apply(&web().endpoints(all.clone()));
             let stats = load.wait_answers(30);
             assert_eq!(stats.by_server.len(), 1, "{:?}", stats.by_server);
             // Without its backend it goes to another, once.
             let (gone, others): (Vec<_>, Vec<_>) =
                 all.iter().cloned().partition(|endpoint| name_of(&rig, endpoint) == servers[0]);
-            rig.apply("web", &web().endpoints(others), 3);
+            rig.apply(&web().endpoints(others));
             rig.agent.wait_backend_gone(gone[0].addrs.port(family, UDP_TARGET));
             let gone = load.stats().by_server[&servers[0]];
             let stats = load.wait_answers(30);
@@ -128,7 +128,7 @@ fn an_unconnected_socket_stays_with_its_backend_until_that_is_gone() {
             assert!(stats.by_server[&servers[0]] <= gone + 1, "{:?}", stats.by_server);
             let servers: BTreeSet<_> = load.finish_clean().by_server.into_keys().collect();
             assert_eq!(servers.len(), 2, "{servers:?}");
-            rig.apply("web", &web().endpoints(first.clone()), 2);
+            rig.apply(&web().endpoints(first.clone()));
         }
     }
 }

@@ -19,9 +19,7 @@ const SAME_PORTS: Ports<'_> = Ports { tcp: &[TCP_NODE_PORT], udp: &[UDP_NODE_POR
 fn apply_node_ports(rig: &Rig) {
     let web = service("web").cluster_ips(web_ip());
     let web = web.tcp(TCP_PORT, TCP_TARGET).node_port(TCP_NODE_PORT).udp(UDP_PORT, UDP_TARGET).node_port(UDP_NODE_PORT);
-    let endpoints = rig.endpoints();
-    let count = endpoints.len();
-    rig.apply("web", &web.endpoints(endpoints), count);
+    rig.apply(&web.endpoints(rig.endpoints()));
 }
 
 fn node_port(socket: Socket) -> u16 {

@@ -39,11 +39,11 @@ fn affinity_is_kept_for_each_namespace_apart() {
     let (one, two) = (rig.pod(0), rig.pod(1));
     let [node, pod] = rig.clients();
     // Each client meets another backend first, because there is no other.
-    rig.apply("web", &with_affinity().endpoints([one]), 1);
+    rig.apply(&with_affinity().endpoints([one]));
     assert_all_by(node, one);
-    rig.apply("web", &with_affinity().endpoints([two]), 1);
+    rig.apply(&with_affinity().endpoints([two]));
     assert_all_by(pod, two);
-    rig.apply("web", &with_affinity().endpoints([one, two]), 2);
+    rig.apply(&with_affinity().endpoints([one, two]));
     assert_all_by(node, one);
     assert_all_by(pod, two);
 }
@@ -53,11 +53,11 @@ fn affinity_moves_when_its_backend_goes_and_stays_where_it_moved() {
     let rig = Rig::build(2);
     let (one, two) = (rig.pod(0), rig.pod(1));
     for from in rig.clients() {
-        rig.apply("web", &with_affinity().endpoints([one]), 1);
+        rig.apply(&with_affinity().endpoints([one]));
         assert_all_by(from, one);
-        rig.apply("web", &with_affinity().endpoints([two]), 1);
+        rig.apply(&with_affinity().endpoints([two]));
         assert_all_by(from, two);
-        rig.apply("web", &with_affinity().endpoints([one, two]), 2);
+        rig.apply(&with_affinity().endpoints([one, two]));
         assert_all_by(from, two);
     }
 }

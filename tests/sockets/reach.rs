@@ -39,7 +39,7 @@ fn every_kind_of_socket_reaches_every_kind_of_frontend_and_sees_what_it_dialled(
     let all = service("all").load_balancer(balancer).external_ips(external).cluster_ips(web_ip());
     let all = all.tcp(TCP_PORT, TCP_TARGET).node_port(NODE_PORTS[0]);
     let all = all.udp(UDP_PORT, UDP_TARGET).node_port(NODE_PORTS[1]);
-    rig.apply("all", &all.endpoints(rig.endpoints()), 3);
+    rig.apply(&all.endpoints(rig.endpoints()));
     let node_port = |socket: Socket| if socket.is_tcp() { NODE_PORTS[0] } else { NODE_PORTS[1] };
     for from in rig.clients() {
         for (socket, family) in Socket::of_both_families() {
@@ -95,7 +95,7 @@ fn destinations_that_are_no_frontend_are_left_alone() {
 fn a_socket_to_its_own_pod_is_answered_through_the_service() {
     let rig = Rig::build(1);
     let only = rig.pod(0);
-    rig.apply("web", &web().endpoints([only]), 1);
+    rig.apply(&web().endpoints([only]));
     for (socket, family) in Socket::of_both_families() {
         let to = web_ip().port(family, socket.port());
         let answer = socket.ask(&only.place, to).unwrap_or_else(|failure| panic!("{socket:?}: {failure}"));

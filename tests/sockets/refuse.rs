@@ -58,7 +58,7 @@ fn a_service_refuses_as_soon_as_its_last_endpoint_goes_and_answers_as_soon_as_on
             let to = to.port(family, socket.port());
             socket.ask(&rig.pod(0).place, to).unwrap_or_else(|failure| panic!("{failure}"));
         }
-        rig.apply("web", &web(), 0);
+        rig.apply(&web());
         assert_refused(&rig, to, Socket::port);
     }
 }

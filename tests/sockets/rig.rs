@@ -69,19 +69,17 @@ impl Rig {
         [&self.node().place, &self.pod(0).place]
     }
 
-    /// Writes a service and waits until it is programmed as written: `endpoints` of them are used.
+    /// Writes a service whose endpoints are all used, and waits until it is programmed as written.
     #[track_caller]
-    pub fn apply(&self, name: &str, service: &Service, endpoints: usize) {
+    pub fn apply(&self, service: &Service) {
         self.manifests.apply(service);
-        self.agent.wait_endpoints(name, endpoints);
+        self.agent.wait_applied(service);
     }
 
     /// Writes the service `web`, which all pods of the node serve, and waits until it is programmed. Its addresses.
     #[track_caller]
     pub fn apply_web(&self) -> Addrs {
-        let endpoints = self.endpoints();
-        let count = endpoints.len();
-        self.apply("web", &web().endpoints(endpoints), count);
+        self.apply(&web().endpoints(self.endpoints()));
         web_ip()
     }
 

@@ -1,10 +1,13 @@
 //! What an agent's tables say, as `shunt services -o json` tells it: with the agent running or without.
 
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::agent::Agent;
+use crate::manifests::Service;
 use crate::topology::Family;
 use crate::wait;
 
@@ -44,6 +47,12 @@ impl Set {
             Self::Endpoints(endpoints) => endpoints,
             Self::Empty(_) => &[],
         }
+    }
+
+    /// The addresses of its endpoints.
+    pub fn addresses(&self) -> BTreeSet<IpAddr> {
+        let address = |text: &String| Some(text.split_once('/')?.0.parse::<SocketAddr>().ok()?.ip());
+        self.endpoints().iter().filter_map(address).collect()
     }
 
     /// True if `endpoint` is in it.
@@ -123,6 +132,21 @@ impl Agent {
         });
     }
 
+    /// Waits until the endpoints of a service, all of them ready and used, are programmed, and no others.
+    #[track_caller]
+    pub fn wait_applied(&self, service: &Service) {
+        let objects = service.objects();
+        let name = objects[0]["metadata"]["name"].as_str().expect("a service has a name").to_owned();
+        let listed = objects[1..].iter().flat_map(|slice| slice["endpoints"].as_array().into_iter().flatten());
+        let text = |endpoint: &Value| endpoint["addresses"][0].as_str().map(str::to_owned);
+        let wanted: BTreeSet<IpAddr> = listed.filter_map(text).filter_map(|addr| addr.parse().ok()).collect();
+        self.wait_service(&name, "its endpoints", |port| {
+            let is_v4 = port.name.ends_with("/IPv4");
+            let of_family = wanted.iter().filter(|addr| addr.is_ipv4() == is_v4);
+            port.cluster.addresses() == of_family.copied().collect()
+        });
+    }
+
     /// Waits until nothing at this address is a backend any more: sockets that stay with theirs have left it then.
     #[track_caller]
     pub fn wait_backend_gone(&self, addr: SocketAddr) {
@@ -146,6 +170,7 @@ mod tests {
         let set: Set = serde_json::from_str(r#"["10.0.0.1:80/TCP", "[fd00::1]:80/TCP"]"#).expect("a list");
         assert!(set.has("10.0.0.1:80".parse().expect("an address")));
         assert!(set.has("[fd00::1]:80".parse().expect("an address")));
+        assert_eq!(set.addresses().len(), 2);
         assert!(!set.has("10.0.0.1:8".parse().expect("an address")));
         let set: Set = serde_json::from_str(r#""reject""#).expect("a word");
         assert_eq!(set, Set::Empty("reject".to_owned()));
