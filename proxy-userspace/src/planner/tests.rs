@@ -229,8 +229,8 @@ struct World {
     limits: Limits,
     state: Option<State>,
     tables: Tables,
-    /// What has to be done after a grace period.
-    waiting: Vec<(Epoch, Vec<Op>)>,
+    /// What has to be done after a grace period, and what programs may still read until then.
+    waiting: Vec<(Epoch, Vec<Op>, Tables)>,
     /// How many operations of the next plan are done before the agent dies.
     crash: Option<u8>,
 }
@@ -267,6 +267,24 @@ fn check_ranges(tables: &Tables) {
                     tables.slots.get(&position).unwrap_or_else(|| panic!("slot {position} of {id} is unwritten"));
                 assert_eq!(slot.owner, id.0, "slot {position}");
                 assert!(tables.backends.contains_key(&BackendId(slot.backend)), "slot {position} of {id}: no backend");
+            }
+        }
+    }
+}
+
+/// A program that read the old tables may go on with what it read: no id, slot or backend means something else yet.
+fn check_unpublished(old: &Tables, now: &Tables) {
+    for value in old.frontends.values() {
+        let id = ServiceId(value.service);
+        assert_eq!(old.names.get(&id), now.names.get(&id), "service id {id} was used again");
+        let Some(record) = old.services.get(&id) else { continue };
+        for range in [Range::unpack(record.cluster), Range::unpack(record.local)] {
+            for position in range.base..range.base.saturating_add(range.count) {
+                let slot = old.slots[&position];
+                assert_eq!(now.slots.get(&position), Some(&slot), "slot {position} was used again");
+                let backend = BackendId(slot.backend);
+                let address = |tables: &Tables| tables.backends.get(&backend).map(|record| (record.addr, record.port));
+                assert_eq!(address(old), address(now), "backend id {backend} was used again");
             }
         }
     }
@@ -319,7 +337,7 @@ impl World {
     }
 
     fn pass_grace(&mut self, count: usize) {
-        for (epoch, ops) in self.waiting.drain(..count) {
+        for (epoch, ops, _) in self.waiting.drain(..count) {
             ops.iter().for_each(|op| self.tables.apply(op));
             let (state, _) = self.state.take().unwrap().grace_passed(epoch);
             self.state = Some(state);
@@ -344,9 +362,10 @@ impl World {
             check_continuity(&self.tables, &between, &after);
         }
         self.check_stages(&plan, &after);
-        self.tables = after;
+        let before = std::mem::replace(&mut self.tables, after);
         let later = plan.groups.into_iter().flat_map(|group| group.after_grace).collect();
-        self.waiting.push((plan.epoch, later));
+        self.waiting.push((plan.epoch, later, before));
+        self.waiting.iter().for_each(|(.., old)| check_unpublished(old, &self.tables));
         self.state = Some(state);
         if crash.is_some() {
             self.restart();
@@ -382,7 +401,7 @@ impl World {
         }
         let harmless = |op: &Op| !matches!(op, Op::RetireService { .. } | Op::RetireBackend { .. });
         assert!(plan.groups.iter().flat_map(|group| &group.after_grace).all(harmless), "{plan}");
-        self.waiting.push((plan.epoch, Vec::new()));
+        self.waiting.push((plan.epoch, Vec::new(), before));
         self.advance();
     }
 
