@@ -635,18 +635,41 @@ fn clashing<'a, F: Lookups>(flows: &'a F, tuple: &Tuple) -> Option<FlowRef<'a>> 
     if clashes { Some(plain) } else { None }
 }
 
+/// What stands in the way of a direct connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Clash {
+    /// Nothing.
+    None,
+    /// A flow that is over.
+    Over,
+    /// A flow.
+    Alive,
+}
+
+#[inline(never)]
+fn clash_of<F: Flows>(flows: &F, tuple: &Tuple) -> Clash {
+    match clashing(flows, tuple) {
+        None => Clash::None,
+        Some(other) if is_over(flows, tuple.proto, other) => Clash::Over,
+        Some(_) => Clash::Alive,
+    }
+}
+
 /// A direct connection to a backend whose tuple a translated flow from the same device already has: it gets another
 /// source port, so that the backend's replies can be told apart. If that flow is over, it goes.
-#[inline(never)]
+#[inline(always)]
 fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
     let tuple = &packet.tuple;
     if packet.kind == Kind::LaterFragment {
         return Err(PASS);
     }
-    let Some(other) = clashing(flows, tuple) else { return Err(PASS) };
-    if is_over(flows, tuple.proto, other) {
-        forget_over(flows, tuple, other);
-        return Err(PASS);
+    match clash_of(flows, tuple) {
+        Clash::None => return Err(PASS),
+        Clash::Over => {
+            forget_over(flows, tuple);
+            return Err(PASS);
+        }
+        Clash::Alive => {}
     }
     flows.set_flows_of(&tuple.dst);
     Ok(Target {
@@ -661,10 +684,12 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
 
 /// Removes a flow that is over, found by its client's packet as the stack sees it.
 #[inline(never)]
-fn forget_over<F: Flows>(flows: &F, plain: &Tuple, other: FlowRef<'_>) {
-    let (key, src_first) = plain.plain_key();
-    forget_others(flows, plain, src_first, other);
-    flows.remove(&key);
+fn forget_over<F: Flows>(flows: &F, plain: &Tuple) {
+    let (key, client_is_a) = plain.plain_key();
+    if let Some(other) = find(flows, &key) {
+        forget_others(flows, plain, client_is_a, other);
+        flows.remove(&key);
+    }
 }
 
 /// Where a new flow goes.
@@ -805,28 +830,41 @@ fn claim_plain<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> boo
 
 /// Removes what a flow that is over has besides its plain entry, which another takes: packets that straggle would follow
 /// its front entry into the new flow.
-#[inline(never)]
+#[inline(always)]
 fn forget_others<F: Flows>(flows: &F, plain: &Tuple, client_is_a: bool, other: FlowRef<'_>) {
     let same_way = other.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == client_is_a;
-    let mut tuple = if same_way { *plain } else { plain.reversed() };
     if other.fixed(|value| value.has(FlowValue::SNAT)) {
-        let mut reply = tuple.reversed();
-        reply.dst = other.fixed(|value| value.nat);
-        reply.dport = other.fixed(|value| value.nat_port);
-        flows.remove(&reply.snat_key());
+        forget_snat(flows, plain, same_way, other);
     }
-    let (backend, backend_port, sport) = (tuple.dst, tuple.dport, tuple.sport);
-    let alias = other.fixed(|value| value.alias_port);
-    tuple.dst = other.fixed(|value| value.peer);
-    tuple.dport = other.fixed(|value| value.peer_port);
-    tuple.sport = if alias.is_zero() { sport } else { alias };
-    let expected = if alias.is_zero() { Be16::ZERO } else { sport };
-    let key = tuple.front_key();
+    forget_front(flows, plain, same_way, other);
+}
+
+#[inline(never)]
+fn forget_snat<F: Flows>(flows: &F, plain: &Tuple, same_way: bool, other: FlowRef<'_>) {
+    let mut reply = if same_way { plain.reversed() } else { *plain };
+    reply.dst = other.fixed(|value| value.nat);
+    reply.dport = other.fixed(|value| value.nat_port);
+    flows.remove(&reply.snat_key());
+}
+
+#[inline(never)]
+fn forget_front<F: Flows>(flows: &F, plain: &Tuple, same_way: bool, other: FlowRef<'_>) {
+    let (src, sport) = if same_way { (&plain.src, plain.sport) } else { (&plain.dst, plain.dport) };
+    let (backend, backend_port) = if same_way { (&plain.dst, plain.dport) } else { (&plain.src, plain.sport) };
+    let own_port = other.fixed(|value| value.alias_port);
+    let (client_port, alias) = if own_port.is_zero() { (sport, Be16::ZERO) } else { (own_port, sport) };
+    let key = FlowKey {
+        a: *src,
+        b: other.fixed(|value| value.peer),
+        a_port: client_port,
+        b_port: other.fixed(|value| value.peer_port),
+        proto: plain.proto.0,
+        kind: FlowKey::FRONT,
+        reserved: 0,
+    };
     // The client may have begun anew there, to another backend or by another port.
     let leads_here = |front: FlowRef<'_>| {
-        front.fixed(|value| {
-            value.peer == backend && value.peer_port == backend_port && value.alias_port == expected
-        })
+        front.fixed(|value| value.peer == *backend && value.peer_port == backend_port && value.alias_port == alias)
     };
     if find(flows, &key).is_some_and(leads_here) {
         flows.remove(&key);
