@@ -119,7 +119,10 @@ impl Listeners {
         let Some(address) = address else { return };
         let server = Server { name, address, handler: Arc::new(handler) };
         let closed = self.closed.clone();
-        self.parts.spawn(name, async { Ok(server.run(closed).await) });
+        self.parts.spawn(name, async {
+            server.run(closed).await;
+            Ok(())
+        });
     }
 }
 
@@ -151,7 +154,8 @@ async fn build(
     let maps = KernelMaps::open(&loaded.maps)?;
     maps.write_node_config(&node_config(config, netns)?)?;
     let state = restored_state(config, &loaded)?;
-    let (status_sender, status) = watch::channel(Arc::new(Status::default()));
+    let pending = sources.iter().map(|spec| spec.id).collect();
+    let (status_sender, status) = watch::channel(Arc::new(Status { pending, ..Status::default() }));
     let (unused_sender, unused) = mpsc::channel(16);
     let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
     let reporter = Reporter::default();
@@ -189,13 +193,22 @@ async fn build(
     let fixed = config.facts.clone();
     parts.spawn("netlink", drained(drain.clone(), async { Ok(watcher.run().await?) }));
     parts.spawn("node facts", drained(drain.clone(), follow_facts(fixed, network, facts_sender)));
-    parts.spawn("store", async { Ok(writer.run(updates, facts).await) });
+    parts.spawn("store", async {
+        writer.run(updates, facts).await;
+        Ok(())
+    });
     let its_drain = drain.clone();
-    parts.spawn("reconciler", async { Ok(reconciler.run(its_drain).await) });
+    parts.spawn("reconciler", async {
+        reconciler.run(its_drain).await;
+        Ok(())
+    });
     let its_drain = drain.clone();
     parts.spawn("attachments", async { Ok(attachments.run(its_drain).await?) });
     let its_drain = drain.clone();
-    parts.spawn("sweep", async { Ok(sweep.run(its_drain).await) });
+    parts.spawn("sweep", async {
+        sweep.run(its_drain).await;
+        Ok(())
+    });
     let admin = admin::serve(config.admin_socket.clone(), status.clone());
     parts.spawn("admin socket", drained(drain.clone(), async { Ok(admin.await?) }));
     parts.spawn("readiness", drained(drain.clone(), announce(status, attached, config.ready_file.clone())));

@@ -223,11 +223,11 @@ fn sendmsg(call: &Call) -> i32 {
     let env = Env { ctx: () };
     let dial = call.dial(Proto::UDP);
     let mut table = storage(&maps::sockets_udp, call, false);
-    if let Some(table) = &mut table {
-        if let Some((backend, port)) = socket::recall(&env, table, &dial.addr, dial.port) {
-            call.set(&backend, port);
-            return ALLOW;
-        }
+    if let Some(table) = &mut table
+        && let Some((backend, port)) = socket::recall(&env, table, &dial.addr, dial.port)
+    {
+        call.set(&backend, port);
+        return ALLOW;
     }
     match socket::dial(&env, &dial, false) {
         Verdict::Leave => {
@@ -253,11 +253,11 @@ fn sendmsg(call: &Call) -> i32 {
 #[inline(always)]
 fn recvmsg(call: &Call) -> i32 {
     let (addr, port) = (call.addr(), call.port());
-    if let Some(table) = storage(&maps::sockets_udp, call, false) {
-        if let Some(entry) = socket::entry_from(table, &addr, port) {
-            call.set(&entry.frontend, entry.frontend_port);
-            return ALLOW;
-        }
+    if let Some(table) = storage(&maps::sockets_udp, call, false)
+        && let Some(entry) = socket::entry_from(table, &addr, port)
+    {
+        call.set(&entry.frontend, entry.frontend_port);
+        return ALLOW;
     }
     // What an unconnected socket once was connected to tells nothing.
     if call.is_connected() { getpeername(call) } else { ALLOW }
@@ -266,10 +266,11 @@ fn recvmsg(call: &Call) -> i32 {
 /// Shows the frontend as peer of a connected socket.
 #[inline(always)]
 fn getpeername(call: &Call) -> i32 {
-    if let Some(entry) = storage(&maps::sockets, call, false) {
-        if entry.backend_port == call.port() && entry.backend == call.addr() {
-            call.set(&entry.frontend, entry.frontend_port);
-        }
+    if let Some(entry) = storage(&maps::sockets, call, false)
+        && entry.backend_port == call.port()
+        && entry.backend == call.addr()
+    {
+        call.set(&entry.frontend, entry.frontend_port);
     }
     ALLOW
 }

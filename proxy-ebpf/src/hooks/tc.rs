@@ -86,12 +86,16 @@ const REST: u32 = 5;
 fn go_on(skb: SkBuff, place: Place, program: u32) {
     skb.set_control(place.pack());
     // SAFETY: the context of the running program.
-    let _ = unsafe { programs.tail_call(&TcContext::new(skb.0), program) };
+    unsafe { programs.tail_call(&TcContext::new(skb.0), program) };
 }
 
 #[classifier]
 pub fn ingress(ctx: TcContext) -> i32 {
-    enter(SkBuff(ctx.skb.skb), Place { link: Link::Ethernet, end: End::Destination, is_port: false, clash: false }, false)
+    enter(
+        SkBuff(ctx.skb.skb),
+        Place { link: Link::Ethernet, end: End::Destination, is_port: false, clash: false },
+        false,
+    )
 }
 
 #[classifier]

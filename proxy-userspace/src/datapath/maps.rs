@@ -224,6 +224,9 @@ pub struct Walk<K, V> {
     done: bool,
 }
 
+/// Some keys and their values, position by position.
+pub(super) type Entries<'a, K, V> = (&'a [K], &'a [V]);
+
 impl<K: Pod, V: Pod> Walk<K, V> {
     pub(super) fn new(table: &Table<K, V>) -> Self {
         let length = BATCH.min(table.capacity.max(64) as usize);
@@ -233,7 +236,7 @@ impl<K: Pod, V: Pod> Walk<K, V> {
     }
 
     /// The next slice, or `None` at the end.
-    pub(super) fn next(&mut self, table: &Table<K, V>) -> Result<Option<(&[K], &[V])>, Error> {
+    pub(super) fn next(&mut self, table: &Table<K, V>) -> Result<Option<Entries<'_, K, V>>, Error> {
         while !self.done {
             match sys::map_lookup_batch(table.fd.as_fd(), &mut self.cursor, &mut self.keys, &mut self.values) {
                 Ok(batch) => {

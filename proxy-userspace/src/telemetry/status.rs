@@ -69,7 +69,7 @@ fn encode_sources(
     let help = "1 until everything that a source listed first is programmed";
     let mut metric = encoder.encode_descriptor("source_pending", help, None, MetricType::Gauge)?;
     for source in sources {
-        let is_pending = !status.is_ready && (status.pending.is_empty() || status.pending.contains(source));
+        let is_pending = status.pending.contains(source);
         ConstGauge::new(u64::from(is_pending)).encode(metric.encode_family(&[("source", source.name())])?)?;
     }
     let help = "Objects, or parts of them, that a source cannot use";
@@ -122,7 +122,7 @@ mod tests {
             r#"shunt_source_pending{source="manifests"} 1"#,
             r#"shunt_source_object_errors{source="manifests"} 0"#,
         ];
-        assert_samples(&text(Status::default(), snapshot()), &expected);
+        assert_samples(&text(Status { pending: SOURCES.into(), ..Status::default() }, snapshot()), &expected);
     }
 
     #[test]
