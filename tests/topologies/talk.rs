@@ -9,6 +9,7 @@ use serde_json::Value;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use shunt_tests::probe::TIMEOUT;
+use shunt_tests::wait;
 
 /// Who answered, and whom it saw.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +29,15 @@ fn parse(line: &[u8]) -> Seen {
 pub struct Tcp(BufReader<TcpStream>);
 
 impl Tcp {
-    /// From any address and this port, 0 for any.
+    /// From any address and this port, 0 for any. Waits for an earlier connection with these ends to close.
     pub fn dial(port: u16, to: SocketAddr) -> io::Result<Self> {
+        wait::until_some("the end of an earlier connection", || match Self::try_dial(port, to) {
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => None,
+            outcome => Some(outcome),
+        })
+    }
+
+    fn try_dial(port: u16, to: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
         if port != 0 {
             // Several connections share the port: their ends differ.
