@@ -13,6 +13,7 @@
 //! | [`agent`] | the agent under test |
 //! | [`tables`] | what its tables say, as it shows them |
 //! | [`control_plane`] | a real Kubernetes control plane, and kubelets that are not real |
+//! | [`packet`], [`nat`] | packets from bytes, and what a node must make of them: written apart from the datapath |
 //! | [`wait`] | polling for a condition |
 //!
 //! Functions panic instead of returning errors, so that a failing test shows the line of its call. All traffic stays in
@@ -20,6 +21,8 @@
 
 pub mod agent;
 pub mod bed;
+#[cfg(feature = "datapath")]
+pub mod bench;
 pub mod cgroup;
 pub mod control_plane;
 pub mod manifests;
