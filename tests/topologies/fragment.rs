@@ -34,7 +34,9 @@ fn large_datagrams_come_back(plan: Plan) {
                     let udp = Udp::open(0, to).expect("a port is free");
                     for payload in [vec![1; 3_000], vec![2; 60_000]] {
                         // The first may be lost to a narrower link, which the sender learns of.
-                        wait::until(&format!("the path from {} to {to}", place.name()), || udp.is_answered(to, &payload));
+                        wait::until(&format!("the path from {} to {to}", place.name()), || {
+                            udp.is_answered(to, &payload)
+                        });
                         for _ in 0..3 {
                             let outcome = udp.ask(to, &payload);
                             outcome.unwrap_or_else(|error| panic!("{} to {to}: {error}", place.name()));

@@ -42,7 +42,7 @@ impl Proto {
 /// A cluster that is served.
 #[derive(Debug)]
 pub struct Rig {
-    pub servers: Vec<Server>,
+    _servers: Vec<Server>,
     pub agents: Vec<Agent>,
     pub manifests: Manifests,
     pub cluster: Cluster,
@@ -71,7 +71,7 @@ impl Rig {
             .collect();
         agents.iter_mut().for_each(Agent::spawn);
         agents.iter().for_each(|agent| drop(agent.wait_log("first plan applied")));
-        Self { servers, agents, manifests, cluster }
+        Self { _servers: servers, agents, manifests, cluster }
     }
 
     /// Writes services and waits until every node serves them.
