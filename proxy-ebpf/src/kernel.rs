@@ -4,7 +4,8 @@ use crate::maps;
 use crate::packet::SkBuff;
 use crate::tables::{self, Env};
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC,
+    __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
+    BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC,
     bpf_fib_lookup as FibLookup, bpf_sock, bpf_sock_tuple,
 };
 use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
@@ -251,8 +252,10 @@ fn source_towards(skb: *mut __sk_buff, src: &Addr, dst: &Addr, source: &mut Addr
     let mut params = fib_params(src, dst, skb.ifindex());
     // BPF_FIB_LOOKUP_SRC needs Linux 6.7; before, the call fails and the flow is refused and counted.
     let flags = BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH;
-    if look_up_route(skb, &mut params, flags) != BPF_FIB_LKUP_RET_SUCCESS {
-        return false;
+    match look_up_route(skb, &mut params, flags) {
+        // This very packet is too long for the way. That is for the stack to say: it can take a fragment apart.
+        BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_FRAG_NEEDED => {}
+        _ => return false,
     }
     // SAFETY: the family says which member the kernel wrote.
     *source = unsafe {
@@ -282,7 +285,8 @@ fn bridge_neighbour(skb: *mut __sk_buff, src: &Addr, dst: &Addr, mac: &mut [u16;
             *mac = [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])];
             AT
         }
-        BPF_FIB_LKUP_RET_NO_NEIGH => UNRESOLVED,
+        // Too long for the bridge, which would swallow it: this one goes by the stack.
+        BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => UNRESOLVED,
         _ => 0,
     }
 }
