@@ -209,7 +209,10 @@ pub fn ingress_flow<F: Flows>(flows: &F, packet: &mut Parsed) -> Step {
             transport(flows, packet, class, ports)
         }
         Kind::IcmpError => Step::Done(icmp_error(flows, packet, class, ports)),
-        Kind::IcmpRedirect => Step::Done(PASS),
+        Kind::IcmpRedirect => Step::Done(match icmp_error(flows, packet, class, ports) {
+            Verdict::Rewrite(_) => Verdict::Refuse(DropReason::Redirect, Refusal::Drop),
+            other => other,
+        }),
         Kind::Echo | Kind::Other if class.has(AddressClass::CLUSTER_IP) => {
             let reason =
                 if packet.kind == Kind::Echo { DropReason::UnknownPort } else { DropReason::UnsupportedProtocol };
@@ -732,9 +735,16 @@ pub fn create<F: Flows>(flows: &F, packet: &Parsed, target: &Target) -> Verdict 
     if sport.is_zero() {
         return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
     }
-    if value.has(FlowValue::SNAT) && !take_nat_port(flows, tuple, target, value, sport) {
-        remove_plain(flows, tuple, target, sport);
-        return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
+    if value.has(FlowValue::SNAT) {
+        let mut claim = claim_nat_port(flows, tuple, target, value, sport);
+        if claim == PENDING {
+            end_pending(flows, tuple.proto, target, value);
+            claim = take_over(flows, tuple.proto, target, value);
+        }
+        if claim != CLAIMED || !store_plain(flows, tuple, target, value, sport) {
+            remove_plain(flows, tuple, target, sport);
+            return Verdict::Refuse(DropReason::SnatPortsExhausted, Refusal::Drop);
+        }
     }
     value.alias_port = if sport == tuple.sport { Be16::ZERO } else { sport };
     store_front(flows, tuple, target, value);
@@ -768,12 +778,13 @@ fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: 
     if found { plain.sport } else { Be16::ZERO }
 }
 
-/// Stores the snat entry, and the plain entry again with what it got.
+/// Stores the snat entry under a free port of its new source; as [`claim_snat`].
 #[inline(never)]
-fn take_nat_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue, sport: Be16) -> bool {
-    claim_snat(flows, &towards(tuple, target, sport), value) && store_plain(flows, tuple, target, value, sport)
+fn claim_nat_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue, sport: Be16) -> u32 {
+    claim_snat(flows, &towards(tuple, target, sport), value)
 }
 
+/// Stores the plain entry again, with the rewritten source that the flow got.
 #[inline(never)]
 fn store_plain<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue, sport: Be16) -> bool {
     value.peer = tuple.dst;
@@ -877,39 +888,98 @@ fn is_over<F: Flows>(flows: &F, proto: Proto, plain: FlowRef<'_>) -> bool {
     hot.is_finished() || flow::is_expired(proto, hot, flows.now())
 }
 
-/// Stores the snat entry of a flow under a free port of its new source: the client's own if it may be kept.
+/// Stores the snat entry of a flow under a free port of its new source: the client's own if it may be kept. [`CLAIMED`]; or
+/// [`PENDING`] if the port now in `value` is only a pending flow's; or [`TAKEN`] if all are established ones'.
 #[inline(always)]
-fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> bool {
+fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> u32 {
     let mut reply =
         Tuple { src: plain.dst, dst: value.nat, sport: plain.dport, dport: plain.sport, proto: plain.proto };
     value.peer = plain.src;
     value.peer_port = plain.sport;
     value.alias_port = Be16::ZERO;
-    let kept = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value);
+    let kept = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value) == CLAIMED;
     if kept {
         flows.set_snat_port(plain.sport.host());
     }
-    let found = kept
-        || search_port(flows, plain, |port| {
+    // The first port met whose flow is only pending, and how many such were met.
+    let (mut pending, mut met) = (Be16::ZERO, 0);
+    let mut claimed = kept;
+    if !kept {
+        search_port(flows, plain, |port| {
             reply.dport = port;
-            claim_reply(flows, &reply, value)
+            let claim = claim_reply(flows, &reply, value);
+            claimed = claim == CLAIMED;
+            if claim == PENDING {
+                pending = if met == 0 { port } else { pending };
+                met += 1;
+            }
+            claimed || met == PENDING_PORTS
         });
-    value.nat_port = reply.dport;
-    found
+    }
+    value.nat_port = if claimed || met == 0 { reply.dport } else { pending };
+    match (claimed, met) {
+        (true, _) => CLAIMED,
+        (false, 0) => TAKEN,
+        (false, _) => PENDING,
+    }
 }
 
+/// Ports of flows that are only pending, met before one of them is taken: a flood of forged beginnings keeps nobody out,
+/// and costs no search through all that it holds.
+const PENDING_PORTS: u32 = 32;
+
+const CLAIMED: u32 = 0;
+const PENDING: u32 = 1;
+const TAKEN: u32 = 2;
+
+/// Stores a snat entry: [`CLAIMED`], or what stands in its place.
 #[inline(never)]
-fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> bool {
+fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> u32 {
     let key = reply.snat_key();
-    if flows.established(&key).is_some() || !flows.insert_pending(&key, value, true) {
-        return false;
+    if flows.established(&key).is_some() {
+        return TAKEN;
+    }
+    if !flows.insert_pending(&key, value, true) {
+        return PENDING;
     }
     // A connection of this node itself with the same ends would lose its replies to us.
     if flows.has_connected_socket(reply) {
         flows.remove_pending(&key);
-        return false;
+        return TAKEN;
     }
-    true
+    CLAIMED
+}
+
+/// From the backend to the rewritten source.
+#[inline(always)]
+fn reply_to(proto: Proto, target: &Target, value: &FlowValue) -> Tuple {
+    Tuple { src: target.addr, dst: value.nat, sport: target.port, dport: value.nat_port, proto }
+}
+
+/// Ends the pending flow that has the port in `value`.
+#[inline(never)]
+fn end_pending<F: Flows>(flows: &F, proto: Proto, target: &Target, value: &FlowValue) {
+    if let Some(old) = flows.pending(&reply_to(proto, target, value).snat_key()) {
+        let src = old.fixed(|value| value.peer);
+        let sport = old.fixed(|value| value.peer_port);
+        forget_beginning(flows, &Tuple { src, dst: target.addr, sport, dport: target.port, proto });
+    }
+}
+
+/// Stores the snat entry under the port in `value`, whoever has it.
+#[inline(never)]
+fn take_over<F: Flows>(flows: &F, proto: Proto, target: &Target, value: &FlowValue) -> u32 {
+    if flows.insert_pending(&reply_to(proto, target, value).snat_key(), value, false) { CLAIMED } else { TAKEN }
+}
+
+/// Removes the plain and front entries of a pending flow; `plain` goes from its client to its backend.
+#[inline(never)]
+fn forget_beginning<F: Flows>(flows: &F, plain: &Tuple) {
+    let (key, _) = plain.plain_key();
+    if let Some(entry) = flows.pending(&key) {
+        forget_front(flows, plain, true, entry);
+        flows.remove_pending(&key);
+    }
 }
 
 /// A client's port is kept as the port of a rewritten source if the kernel does not hand it out itself.

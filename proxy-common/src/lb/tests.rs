@@ -549,6 +549,30 @@ fn rewritten_sources_are_unique_to_the_last_port_and_then_refused() {
 }
 
 #[test]
+fn forged_beginnings_keep_nobody_from_a_remote_backend() {
+    let mut world = World::new();
+    world.config.snat_last = world.config.snat_first + 99;
+    let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    let at_node = |client, sport| tuple(client, sport, "192.0.2.1", 30080, Proto::TCP);
+    let before = open(&world, at_node("203.0.113.5", 40000));
+    for sport in 33_000..34_000 {
+        dial(&world, at_node("203.0.113.66", sport)).expect("a beginning");
+    }
+    let after = open(&world, at_node("203.0.113.5", 40001));
+    assert_ne!(after.seen, before.seen);
+    for connection in [before, after] {
+        reply(&world, &connection, tcp::ACK, 501);
+        send(&world, &connection, tcp::ACK, 507);
+    }
+    let snat = |entries: &std::cell::RefCell<std::collections::HashMap<_, _>>| {
+        let keys: Vec<crate::abi::flow::FlowKey> = entries.borrow().keys().copied().collect();
+        keys.iter().filter(|key| key.kind == crate::abi::flow::FlowKey::SNAT).count()
+    };
+    assert!(snat(&world.pending) <= 100, "each port once");
+}
+
+#[test]
 fn a_client_port_that_the_kernel_never_hands_out_is_kept_if_free() {
     let mut world = with_service(Proto::UDP);
     let service = world.add_service(&[("10.244.2.7", 5060, false)], Proto::UDP);
