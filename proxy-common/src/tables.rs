@@ -56,6 +56,8 @@ pub trait Lookups: Tables {
     fn pending(&self, key: &FlowKey) -> Option<FlowRef<'_>>;
     /// Interface index of the device the packet is on.
     fn ifindex(&self) -> u32;
+    /// The clock.
+    fn now(&self) -> Seconds;
 }
 
 /// Making, promoting and ending flows, and what only the kernel can tell about packets.
@@ -84,8 +86,6 @@ pub trait Flows: Lookups {
     /// Calls `found` with 0, 1, 2 … below `tries` until it answers true; answers whether it did.
     fn search<F: FnMut(u32) -> bool>(&self, tries: u32, found: F) -> bool;
 
-    /// The clock.
-    fn now(&self) -> Seconds;
     /// The address this node would use as source towards `dst`, asked for a packet from `src`.
     fn source_towards(&self, src: &Addr, dst: &Addr) -> Option<Addr>;
     /// Where `dst` is, seen from the bridge that this packet's device is a port of.

@@ -153,6 +153,11 @@ impl Lookups for Env<Device> {
     fn ifindex(&self) -> u32 {
         self.ctx.skb.ifindex()
     }
+
+    #[inline(always)]
+    fn now(&self) -> Seconds {
+        tables::now()
+    }
 }
 
 impl Flows for Env<Device> {
@@ -197,11 +202,6 @@ impl Flows for Env<Device> {
     #[inline(always)]
     fn search<F: FnMut(u32) -> bool>(&self, tries: u32, found: F) -> bool {
         tables::search(tries, found)
-    }
-
-    #[inline(always)]
-    fn now(&self) -> Seconds {
-        tables::now()
     }
 
     #[inline(always)]

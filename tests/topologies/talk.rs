@@ -72,8 +72,16 @@ impl Tcp {
 pub struct Udp(UdpSocket);
 
 impl Udp {
-    /// Of the family of `like`, on this port, 0 for any.
+    /// Of the family of `like`, on this port, 0 for any. Waits for the port: a process that was just begun may hold a copy
+    /// of an earlier socket until its program starts.
     pub fn open(port: u16, like: SocketAddr) -> io::Result<Self> {
+        wait::until_some("a free port", || match Self::try_open(port, like) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+            outcome => Some(outcome),
+        })
+    }
+
+    fn try_open(port: u16, like: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(like), Type::DGRAM, Some(Protocol::UDP))?;
         socket.bind(&any(like, port))?;
         let socket = UdpSocket::from(socket);

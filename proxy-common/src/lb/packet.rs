@@ -102,7 +102,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
     let front = flows.established(&tuple.front_key())?;
     let mut rewrite = to_peer(front);
     rewrite.mac = front.fixed(|value| value.mac);
-    let wants_mac = rewrite.mac == [0; 3] && front.fixed(|value| value.has(FlowValue::WANTS_MAC));
+    let wants_mac = wants_mac(flows, front);
     let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
         return Some(PASS);
@@ -493,20 +493,35 @@ fn remove_flow<F: Flows>(flows: &F, tuple: &Tuple, rewrite: &Rewrite, plain: Flo
     flows.remove(&plain_tuple(tuple, rewrite).plain_key().0);
 }
 
+/// How long the MAC address of a backend on the client's bridge is believed, in [`Seconds`]: then the kernel is asked again,
+/// since a backend may come back under another one. (The kernel learns that from the first packet it gets from there.)
+const MAC_BELIEVED: u32 = 2;
+
+/// True if the kernel is to be asked where on the bridge the backend is.
+#[inline(always)]
+fn wants_mac<F: Lookups>(flows: &F, front: FlowRef<'_>) -> bool {
+    if front.fixed(|value| value.mac) == [0; 3] {
+        return front.fixed(|value| value.has(FlowValue::WANTS_MAC));
+    }
+    Hot::unpack(front.hot()).seen.age(flows.now()) > MAC_BELIEVED
+}
+
 /// Where to send the frame when client and backend are ports of one bridge: the reply will be switched past the IP stack,
 /// so this packet must be too (else the kernel's connection tracking sees half a connection). While the neighbour is not
 /// known the stack finds it.
 #[inline(always)]
 fn bridge_mac<F: Flows>(flows: &F, packet: &Parsed, front: FlowRef<'_>, rewrite: &Rewrite) -> [u16; 3] {
     let known = front.fixed(|value| value.mac);
-    if known != [0; 3] || !front.fixed(|value| value.has(FlowValue::WANTS_MAC)) {
+    if !wants_mac(flows, front) {
         return known;
     }
+    front.set_hot(Hot { seen: flows.now(), state: 0 }.pack());
     match flows.bridge_neighbour(&packet.tuple.src, &rewrite.addr) {
         Neighbour::At(mac) => {
             front.set_mac(mac);
             mac
         }
+        // What the kernel has forgotten is still the best guess: these frames pass it by, it has no use for the neighbour.
         Neighbour::Unresolved | Neighbour::Elsewhere => known,
     }
 }

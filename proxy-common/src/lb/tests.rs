@@ -8,7 +8,7 @@ use crate::abi::address::AddressClass;
 use crate::abi::frontend::FrontendValue;
 use crate::addr::{Addr, Proto};
 use crate::lb::flow::{Hot, Seconds};
-use crate::tables::Tracked;
+use crate::tables::{Neighbour, Tracked};
 use crate::verdict::{DropReason, Refusal};
 use crate::wire::checksum::fold;
 use crate::wire::header::tcp;
@@ -387,6 +387,32 @@ fn a_finished_connection_never_touches_the_one_that_took_its_ends() {
         reply(&world, connection, tcp::ACK, 501);
         send(&world, connection, tcp::ACK, 507);
     }
+}
+
+#[test]
+fn a_backend_on_the_clients_bridge_is_looked_for_again_now_and_then() {
+    let mut world = World::new();
+    let service = world.add_service(&[("10.244.1.5", 53, true)], Proto::UDP);
+    world.add_frontend(service, "10.96.0.10", 53, Proto::UDP, CLUSTER_IP);
+    let dialled = tuple("10.244.1.50", 5555, "10.96.0.10", 53, Proto::UDP);
+    let mac_of_next = |neighbour| {
+        world.neighbour.set(neighbour);
+        let mut parsed = parse(&packet(&dialled, 0, 0, 0, b"question"));
+        let known = ingress_known(&world, &parsed);
+        let Verdict::Rewrite(rewrite) = ingress(&world, &mut parsed) else { panic!("a service") };
+        assert!(known.is_none() || known == Some(Verdict::Rewrite(rewrite)));
+        rewrite.mac
+    };
+    assert_eq!(mac_of_next(Neighbour::Unresolved), [0; 3], "the stack finds it");
+    assert_eq!(mac_of_next(Neighbour::At([1; 3])), [1; 3]);
+    leaves(&world, packet(&tuple("10.244.1.5", 53, "10.244.1.50", 5555, Proto::UDP), 0, 0, 0, b"answer")).expect("out");
+    assert_eq!(mac_of_next(Neighbour::At([2; 3])), [1; 3], "not for every packet");
+    assert_eq!(established(&world), 2);
+    world.now.set(Seconds(world.now.get().0 + 3));
+    assert_eq!(mac_of_next(Neighbour::At([2; 3])), [2; 3]);
+    world.now.set(Seconds(world.now.get().0 + 3));
+    assert_eq!(mac_of_next(Neighbour::Unresolved), [2; 3], "the best guess");
+    assert_eq!(mac_of_next(Neighbour::At([3; 3])), [2; 3]);
 }
 
 #[test]

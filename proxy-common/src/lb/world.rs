@@ -39,6 +39,7 @@ pub struct World {
     pub tracked: HashMap<Tuple, Tracked>,
     pub sockets: Vec<Tuple>,
     pub source: Option<Addr>,
+    pub neighbour: Cell<Neighbour>,
     pub now: Cell<Seconds>,
     pub ifindex: Cell<u32>,
     pub drops: RefCell<HashMap<DropReason, u32>>,
@@ -96,6 +97,7 @@ impl World {
             tracked: HashMap::new(),
             sockets: Vec::new(),
             source: None,
+            neighbour: Cell::new(Neighbour::Elsewhere),
             now: Cell::new(Seconds(1000)),
             ifindex: Cell::new(5),
             drops: RefCell::default(),
@@ -244,6 +246,9 @@ impl Lookups for World {
     fn ifindex(&self) -> u32 {
         self.ifindex.get()
     }
+    fn now(&self) -> Seconds {
+        self.now.get()
+    }
 }
 
 impl Flows for World {
@@ -281,14 +286,11 @@ impl Flows for World {
     fn search<F: FnMut(u32) -> bool>(&self, tries: u32, found: F) -> bool {
         (0..tries).any(found)
     }
-    fn now(&self) -> Seconds {
-        self.now.get()
-    }
     fn source_towards(&self, _src: &Addr, dst: &Addr) -> Option<Addr> {
         self.source.or(Some(addr(if dst.is_v4() { "192.0.2.1" } else { "2001:db8::1" })))
     }
     fn bridge_neighbour(&self, _src: &Addr, _dst: &Addr) -> Neighbour {
-        Neighbour::Elsewhere
+        self.neighbour.get()
     }
     fn tracked(&self, tuple: &Tuple) -> Tracked {
         self.tracked.get(tuple).copied().unwrap_or(Tracked::Unknown)

@@ -14,6 +14,7 @@ use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
 use proxy_common::abi::flow::{FlowKey, FlowRef};
 use proxy_common::addr::Proto;
+use proxy_common::lb::flow::Seconds;
 use proxy_common::lb::packet::{self, Verdict};
 use proxy_common::lb::rewrite::{self, End};
 use proxy_common::tables::Lookups;
@@ -34,6 +35,11 @@ impl Lookups for Env<Frame> {
     #[inline(always)]
     fn ifindex(&self) -> u32 {
         self.ctx.ifindex()
+    }
+
+    #[inline(always)]
+    fn now(&self) -> Seconds {
+        tables::now()
     }
 }
 
