@@ -5,8 +5,7 @@ use crate::packet::SkBuff;
 use crate::tables::{self, Env};
 use aya_ebpf::bindings::{
     __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-    BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC,
-    bpf_fib_lookup as FibLookup, bpf_sock, bpf_sock_tuple,
+    BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, bpf_fib_lookup as FibLookup, bpf_sock, bpf_sock_tuple,
 };
 use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
 use proxy_common::abi::flow::{FlowKey, FlowRef, FlowValue};

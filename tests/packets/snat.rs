@@ -129,22 +129,25 @@ fn every_port_can_be_used_towards_one_backend() {
     let frontend = Name::Remote.vip().port(Family::V4, world::PORT);
     // All from ports of the host's own range: each takes one of 20,000. The reference is too slow to follow.
     let mut ports = BTreeSet::new();
-    for number in 0..20_000_u16 {
-        let client = world::outside(1 + number / 10_000).port(Family::V4, 40_000 + number % 10_000);
-        let opening = lab.opening(Proto::Udp, client, frontend);
-        let mut frame = opening.to_bytes();
+    let through = |mut frame: Vec<u8>| {
         for hook in [Hook::Ingress, Hook::Egress] {
             let crate::datapath::Outcome::Next(out) = lab.run_bytes(hook, Device::Eth0, &frame) else {
-                panic!("{hook:?} refuses the connection after {} others", ports.len());
+                panic!("{hook:?} refuses a packet");
             };
             frame = out;
         }
-        let (src, dst) = opening.read_ends(&frame).expect("it is as long as before");
-        assert_eq!(
-            (src.ip(), dst),
-            (world::node().get(Family::V4), world::remote_pod(1).port(Family::V4, world::TARGET))
-        );
+        frame
+    };
+    let backend = world::remote_pod(1).port(Family::V4, world::TARGET);
+    for number in 0..20_000_u16 {
+        let client = world::outside(1 + number / 10_000).port(Family::V4, 40_000 + number % 10_000);
+        let opening = lab.opening(Proto::Udp, client, frontend);
+        let (src, dst) = opening.read_ends(&through(opening.to_bytes())).expect("it is as long as before");
+        assert_eq!((src.ip(), dst), (world::node().get(Family::V4), backend));
         ports.insert(src.port());
+        // Answered and asked again, the flow is established: nobody else may have its port.
+        through(lab.opening(Proto::Udp, backend, src).to_bytes());
+        through(opening.to_bytes());
     }
     assert_eq!((ports.len(), ports.first(), ports.last()), (20_000, Some(&10_000), Some(&29_999)));
     let last = lab.opening(Proto::Udp, world::outside(3).port(Family::V4, 40_000), frontend);

@@ -550,7 +550,13 @@ mod tests {
             }
             for number in (1..=3).filter(|number| !hurt.contains(&Subject::Service(key(*number)))) {
                 let (seen, wanted) = (entries_of(&faulty.maps().tables, number), entries_of(sound.maps(), number));
-                assert_eq!(seen, wanted, "service {number} after the refusal of operation {refused}: {hurt:?}");
+                // Sets are emptied with the leftovers, after frontends that leave have left: one that waits still serves.
+                let keeps_serving = hurt == [Subject::Leftovers]
+                    && seen.lines().zip(wanted.lines()).all(|(seen, wanted)| seen == wanted || wanted.ends_with(" []"));
+                assert!(
+                    seen == wanted || keeps_serving,
+                    "service {number} after the refusal of operation {refused}: {hurt:?}\n{seen}\nbut\n{wanted}"
+                );
             }
             faulty.retry();
             assert!(!faulty.has_failures(), "refused once, operation {refused} is done at the second try");
