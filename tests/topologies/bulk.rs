@@ -1,11 +1,14 @@
 //! Large transfers: every byte arrives, through super-packets and without, and where a link on the way is narrower than
 //! both ends believe.
 
+use std::collections::BTreeSet;
+
 use shunt_tests::place::Place;
 use shunt_tests::probe::{Bulk, Direction};
-use shunt_tests::topology::{Family, Offloads, Plan, PodLink};
+use shunt_tests::topology::{Family, Offloads, Overlay, Plan, PodLink};
 
 use crate::rig::{Frontend, Offer, Rig};
+use crate::talk::Udp;
 
 const NEAR: Offer = Offer::new(1, "near");
 const FAR: Offer = Offer::new(2, "far");
@@ -122,4 +125,50 @@ fn a_narrow_overlay_is_learnt_from_translated_errors() {
     }
     transfer(&rig, &rig.node(0).pods[1].place.unhooked(), Frontend::ClusterIp, 500_000);
     transfer(&rig, &rig.cluster.client.place, Frontend::NodePort, 500_000);
+}
+
+/// One system call sends many datagrams, which the kernel carries as one packet as far as it can.
+#[test]
+fn segments_of_one_large_datagram_packet_arrive_one_by_one() {
+    for plan in [Plan { nodes: 2, ..Plan::default().strict() }, Plan { offloads: Offloads::Off, ..Plan::flannel(2) }] {
+        let rig = rig(plan);
+        let clients = [
+            (rig.node(0).pods[1].place.unhooked(), Frontend::ClusterIp),
+            (rig.cluster.client.place.clone(), Frontend::NodePort),
+        ];
+        for (place, frontend) in &clients {
+            for offer in [NEAR, FAR] {
+                for family in Family::ALL {
+                    let to = offer.at(*frontend, rig.node(0), family);
+                    place.run(|| {
+                        let udp = Udp::open(0, to).expect("a free port");
+                        udp.ask(to, b"payload").expect("it is answered");
+                        let answers = udp.ask_in_segments(to, 30, 1_000).expect("all are answered");
+                        assert_eq!(answers, (0..30).collect::<BTreeSet<u8>>(), "{} to {to}", place.name());
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Packets out of a tunnel may bear a sum that the device made of all their bytes (CHECKSUM_COMPLETE); it must stay right when
+/// they are translated and stay here.
+#[test]
+fn sums_made_by_a_tunnel_stay_right_for_a_backend_on_the_node() {
+    for offloads in [Offloads::On, Offloads::Off] {
+        let plan = Plan { nodes: 2, overlay: Overlay::Vxlan, offloads, ..Plan::default() };
+        let rig = Rig::build_with(plan, |agent| agent.with("--nodeport-addresses", "all"));
+        rig.apply(&[&FAR.to(rig.node(1))]);
+        let client = rig.node(0).pods[1].place.unhooked();
+        for family in Family::ALL {
+            let to = rig.node(1).gateway().port(family, FAR.node_port());
+            assert_eq!(client.udp(to).expect("it is answered").server, rig.node(1).name(), "{to}");
+            for direction in [Direction::Up, Direction::Down] {
+                let transfer = client.bulk(Bulk { to, bytes: BYTES, direction });
+                let transfer = transfer.unwrap_or_else(|failure| panic!("{direction:?} {to}: {failure}"));
+                assert_eq!(transfer.server, rig.node(1).name());
+            }
+        }
+    }
 }

@@ -2,10 +2,12 @@
 
 use shunt_tests::place::Place;
 use shunt_tests::probe::LongLived;
-use shunt_tests::topology::{Family, Plan};
+use shunt_tests::topology::{Family, Plan, PodLink};
 use shunt_tests::traffic::Ports;
+use shunt_tests::wait;
 
-use crate::rig::{Frontend, Offer, PORT, Rig, TARGET};
+use crate::refusal::assert_dropped;
+use crate::rig::{Frontend, Offer, PORT, Proto, Rig, TARGET};
 use crate::talk::{Tcp, Udp};
 
 const WEB: Offer = Offer::new(1, "web");
@@ -51,6 +53,84 @@ fn a_removed_endpoint_loses_datagrams_at_once_over_flannel() {
     rig.cluster.route_vips(rig.node(0));
     datagrams_move_and_connections_stay(&rig, &rig.node(0).pods[1].place, Frontend::ClusterIp);
     datagrams_move_and_connections_stay(&rig, &rig.cluster.client.place, Frontend::NodePort);
+}
+
+/// The addresses of a service go, and what goes through them stays.
+#[test]
+fn a_deleted_service_keeps_its_connections_and_takes_no_more() {
+    let rig = Rig::build(Plan { nodes: 2, ..Plan::default().strict() });
+    rig.cluster.route_vips(rig.node(0));
+    let clients = [
+        (rig.node(0).pods[1].place.unhooked(), Frontend::ClusterIp),
+        (rig.cluster.client.place.clone(), Frontend::NodePort),
+        (rig.cluster.client.place.clone(), Frontend::External),
+    ];
+    for family in Family::ALL {
+        for endpoint in [&rig.node(0).pods[0], &rig.node(1).pods[0]] {
+            rig.apply(&[&WEB.to(endpoint)]);
+            let dial = |(place, frontend): &(Place, Frontend)| {
+                let to = WEB.at(*frontend, rig.node(0), family);
+                let mut held = place.run(|| Tcp::dial(0, to)).expect("it is served");
+                held.ask().expect("it is answered");
+                held
+            };
+            let mut held: Vec<_> = clients.iter().map(dial).collect();
+            rig.manifests.delete("web");
+            rig.settle();
+            for (held, (_, frontend)) in held.iter_mut().zip(&clients) {
+                let seen = held.ask().unwrap_or_else(|error| panic!("{frontend:?} {family:?}: {error}"));
+                assert_eq!(seen.server, endpoint.place.name());
+            }
+            let to = WEB.at(Frontend::NodePort, rig.node(0), family);
+            assert_eq!(rig.cluster.client.place.tcp(to).expect_err("it is gone").reason, "ECONNREFUSED");
+            let to = WEB.at(Frontend::ClusterIp, rig.node(0), family);
+            assert_dropped(&rig, &rig.node(0).pods[1].place.unhooked(), to, "unallocated_service_address");
+        }
+    }
+}
+
+/// Devices get their programs as they come, whatever the pods are connected by.
+#[test]
+fn pods_made_later_are_clients_and_backends_like_the_others() {
+    for plan in [Plan::default().strict(), Plan::bridge().strict()] {
+        let mut rig = Rig::build(plan);
+        let pod = rig.cluster.nodes[0].add_pod();
+        rig.agents[0].wait_log(&format!("programs attached device=\"{}\"", pod.device));
+        let _server = pod.place.unhooked().serve(Ports { tcp: &[TARGET], udp: &[TARGET] });
+        let old = &rig.node(0).pods[1];
+        for (client, endpoint) in [(&pod, &rig.node(0).pods[0]), (old, &pod)] {
+            rig.apply(&[&WEB.to(endpoint)]);
+            for family in Family::ALL {
+                for proto in Proto::ALL {
+                    let to = WEB.at(Frontend::ClusterIp, rig.node(0), family);
+                    let answer = proto.ask(&client.place.unhooked(), to).expect("it is served");
+                    assert_eq!(answer.server, endpoint.place.name());
+                }
+            }
+        }
+    }
+}
+
+/// On a bridge, packets to a backend bear its MAC address: a machine that comes back with another one, and says so, is found
+/// by the clients it has.
+#[test]
+fn a_backend_that_comes_back_with_another_mac_address_is_found_by_its_clients() {
+    let pod_link = PodLink::Bridge { calls_netfilter: false, is_hairpin: false };
+    let rig = Rig::build(Plan { pod_link, ..Plan::default() });
+    let [backend, client] = [&rig.node(0).pods[0], &rig.node(0).pods[1]];
+    rig.apply(&[&WEB.to(backend)]);
+    for (family, mac) in Family::ALL.into_iter().zip(["02:aa:00:00:00:01", "02:aa:00:00:00:02"]) {
+        let to = WEB.at(Frontend::ClusterIp, rig.node(0), family);
+        client.place.run(|| {
+            let udp = Udp::open(0, to).expect("a free port");
+            (0..3).for_each(|_| drop(udp.ask(to, b"payload").expect("it is answered")));
+            backend.place.ns().ip([format!("link set eth0 address {mac}")]);
+            // It speaks to its gateway, as every machine soon does.
+            let gateway = rig.node(0).gateway().port(family, TARGET);
+            assert_eq!(backend.place.tcp(gateway).expect("the node answers").server, rig.node(0).name());
+            wait::until("the backend under its new address", || udp.is_answered(to, b"payload"));
+        });
+    }
 }
 
 /// A service may have the node's own address as an external one: its port alone is taken, and the others go on as before,

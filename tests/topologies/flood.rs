@@ -12,8 +12,6 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::rig::{Frontend, Offer, Rig};
 
 const WEB: Offer = Offer::new(1, "web");
-/// Forged tuples, each with another source.
-const SYNS: u32 = 1_000_000;
 /// Packets a system call.
 const BATCH: usize = 512;
 
@@ -81,37 +79,44 @@ fn flood(target: SocketAddr, from: u32, to: u32) {
     }
 }
 
-#[test]
-fn a_million_forged_syns_lose_no_connection_and_hinder_no_new_one() {
-    let rig = Rig::build(Plan::default());
+/// Floods the NodePort of a service whose backend is on node number `backend`, with connections of all kinds beside.
+#[track_caller]
+fn nobody_suffers(plan: Plan, backend: usize, syns: u32) {
+    let rig = Rig::build(plan);
     let client = &rig.cluster.client.place;
     let node = rig.node(0);
-    rig.apply(&[&WEB.to(&node.pods[0])]);
+    let pod = &rig.node(backend).pods[0];
+    rig.apply(&[&WEB.to(pod)]);
     // Answers to forged sources end at the next hop, not as errors.
     rig.cluster.net.ns().ip(["route add blackhole 198.18.0.0/15"]);
     // The backend must go on answering: cookies once its queue is full (RFC 4987).
-    node.pods[0].place.ns().sysctl("net/ipv4/tcp_syncookies", "1");
+    pod.place.ns().sysctl("net/ipv4/tcp_syncookies", "1");
     let unhooked = node.pods[1].place.unhooked();
     let from_outside = WEB.at(Frontend::NodePort, node, Family::V4);
     let from_pod = WEB.at(Frontend::ClusterIp, node, Family::V4);
-    let mut live: Vec<_> = [(client, from_outside), (&unhooked, from_pod)]
-        .into_iter()
-        .map(|(place, to)| place.long_lived(LongLived { to, connections: 20, interval_ms: 20 }))
-        .collect();
+    let dialled = [(client, from_outside), (&unhooked, from_pod)];
+    let long = |to| LongLived { to, connections: 20, interval_ms: 20 };
+    let mut live: Vec<_> = dialled.iter().map(|(place, to)| place.long_lived(long(*to))).collect();
     live.iter_mut().for_each(|load| drop(load.wait_for("open connections", |stats| stats.open == 20)));
-    let mut new: Vec<_> = [(client, from_outside), (&unhooked, from_pod)]
-        .into_iter()
-        .map(|(place, to)| place.tcp_loop(TcpLoop { to: vec![to], rate: 50, workers: 2, count: None }))
-        .collect();
-    let ((), counted) = rig.counted(0, || client.run(|| flood(from_outside, 0, SYNS)));
-    assert!(counted.packets >= 2 * u64::from(SYNS) * 9 / 10, "the flood was not answered: {counted:?}");
+    let short = |to| TcpLoop { to: vec![to], rate: 50, workers: 2, count: None };
+    let mut new: Vec<_> = dialled.iter().map(|(place, to)| place.tcp_loop(short(*to))).collect();
+    let ((), counted) = rig.counted(0, || client.run(|| flood(from_outside, 0, syns)));
+    assert!(counted.packets >= 2 * u64::from(syns) * 9 / 10, "the flood was not answered: {counted:?}");
     for load in &mut live {
         load.wait_answers(100);
         assert_eq!(load.stats().open, 20);
     }
     new.iter_mut().for_each(|load| drop(load.wait_answers(20)));
-    for load in live.into_iter().chain(new) {
-        let stats = load.finish_clean();
-        println!("{stats:?}");
-    }
+    live.into_iter().chain(new).for_each(|load| drop(load.finish_clean()));
+}
+
+#[test]
+fn a_million_forged_syns_lose_no_connection_and_hinder_no_new_one() {
+    nobody_suffers(Plan::default(), 0, 1_000_000);
+}
+
+/// Ten times as many as there are ports for rewritten sources.
+#[test]
+fn forged_syns_to_a_backend_of_another_node_do_not_use_up_the_source_ports() {
+    nobody_suffers(Plan { nodes: 2, ..Plan::default() }, 1, 200_000);
 }

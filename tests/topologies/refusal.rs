@@ -145,6 +145,38 @@ fn a_ping_to_a_cluster_ip_is_answered_as_unreachable() {
     }
 }
 
+/// The backend's own refusal comes back as the frontend's.
+#[track_caller]
+fn the_backend_refuses(plan: Plan) {
+    const NOBODY: u16 = 9;
+    const FAR: Offer = Offer::new(3, "far");
+    let rig = Rig::build(plan);
+    rig.cluster.route_vips(rig.node(0));
+    let closed = |offer: &Offer, node: usize| offer.service_to(NOBODY).endpoints([&rig.node(node).pods[0]]);
+    rig.apply(&[&closed(&WEB, 0), &closed(&FAR, 1)]);
+    for place in [&rig.node(0).pods[1].place, &rig.node(0).pods[1].place.unhooked(), &rig.cluster.client.place] {
+        for offer in [WEB, FAR] {
+            for family in Family::ALL {
+                for proto in Proto::ALL {
+                    let to = offer.at(Frontend::NodePort, rig.node(0), family);
+                    let ((), counted) = rig.counted(0, || assert_refused(place, proto, to));
+                    assert!(counted.drops.keys().all(|reason| reason == "redirect"), "{counted:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn refusals_of_backends_come_from_the_frontend() {
+    the_backend_refuses(Plan { nodes: 2, ..Plan::default().strict() });
+}
+
+#[test]
+fn refusals_of_backends_come_from_the_frontend_over_flannel() {
+    the_backend_refuses(Plan::flannel(2));
+}
+
 /// Live connections to a service whose last endpoint goes are not refused: only new ones are.
 #[test]
 fn the_last_endpoint_goes_and_its_connections_stay() {

@@ -213,13 +213,18 @@ impl Offer {
 
     /// The service, without endpoints.
     pub fn service(&self) -> Service {
+        self.service_to(TARGET)
+    }
+
+    /// The same for endpoints at another port.
+    pub fn service_to(&self, target: u16) -> Service {
         service(self.name)
             .cluster_ips(self.cluster_ip())
             .external_ips(self.external_ip())
             .load_balancer(self.load_balancer())
-            .tcp(PORT, TARGET)
+            .tcp(PORT, target)
             .node_port(self.node_port())
-            .udp(PORT, TARGET)
+            .udp(PORT, target)
             .node_port(self.node_port())
     }
 

@@ -1,5 +1,6 @@
 //! What the backend sees as its client, and the traffic policies that exist to keep it.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use serde_json::json;
@@ -8,6 +9,7 @@ use shunt_tests::topology::{Addrs, Family, Plan};
 
 use crate::refusal::assert_dropped;
 use crate::rig::{Frontend, Offer, Proto, Rig};
+use crate::talk::Tcp;
 
 const NEAR: Offer = Offer::new(1, "near");
 const FAR: Offer = Offer::new(2, "far");
@@ -115,6 +117,27 @@ fn a_masquerade_of_the_cni_comes_first() {
             let to = FAR.at(Frontend::NodePort, rig.node(0), family);
             let answer = proto.ask(&rig.cluster.client.place, to).expect("it is served");
             assert!(node_sources(&rig, family).contains(&answer.seen_client.ip()), "{answer:?}");
+        }
+    }
+}
+
+/// Clients stay with their backend, whichever way they come and by which packets they are known.
+#[test]
+fn session_affinity_holds_for_packets() {
+    let rig = rig(Plan { nodes: 2, ..Plan::default().strict() });
+    let endpoints = [&rig.node(0).pods[0], &rig.node(1).pods[0]];
+    let sticky = FAR.service().endpoints(endpoints).spec("sessionAffinity", json!("ClientIP"));
+    rig.apply(&[&NEAR.service().endpoints(endpoints), &sticky]);
+    for place in [&rig.node(0).pods[1].place.unhooked(), &rig.cluster.client.place] {
+        for family in Family::ALL {
+            let servers = |offer: &Offer| -> BTreeSet<String> {
+                let to = offer.at(Frontend::NodePort, rig.node(0), family);
+                place.run(|| {
+                    (0..20).map(|_| Tcp::dial(0, to)?.ask()).map(|seen| seen.expect("it is served").server).collect()
+                })
+            };
+            assert_eq!(servers(&NEAR).len(), 2, "one in half a million runs sees one only");
+            assert_eq!(servers(&FAR).len(), 1);
         }
     }
 }

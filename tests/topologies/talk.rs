@@ -1,10 +1,12 @@
 //! Conversations that a test holds open in its own process, several at a time, from ports of its choice. They run in a
 //! thread of a namespace, outside of every hooked control group: by the packet path.
 
+use std::collections::BTreeSet;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -107,6 +109,25 @@ impl Udp {
         let is_answered = self.ask(to, payload).is_ok();
         limit(TIMEOUT);
         is_answered
+    }
+
+    /// Sends `count` datagrams of `size` bytes in one call (UDP_SEGMENT) and waits for an answer to each; the numbers of those
+    /// that were answered with their own bytes.
+    pub fn ask_in_segments(&self, to: SocketAddr, count: u8, size: u16) -> io::Result<BTreeSet<u8>> {
+        setsockopt(&self.0, sockopt::UdpGsoSegment, &i32::from(size))?;
+        let payload: Vec<u8> = (0..count).flat_map(|number| vec![number; size.into()]).collect();
+        self.0.send_to(&payload, to)?;
+        let mut answered = BTreeSet::new();
+        let mut buffer = vec![0; 65535];
+        for _ in 0..count {
+            let (length, from) = self.0.recv_from(&mut buffer)?;
+            assert_eq!(from, to, "the source of the answer");
+            let end = buffer.iter().position(|&byte| byte == b'\n').expect("an identity and the payload");
+            let payload = &buffer[end + 1..length];
+            assert!(payload.len() == usize::from(size) && payload.iter().all(|byte| *byte == payload[0]));
+            answered.insert(payload[0]);
+        }
+        Ok(answered)
     }
 
     /// Sends and does not wait.
