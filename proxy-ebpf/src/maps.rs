@@ -33,7 +33,8 @@ pub static addresses: HashMap<Addr, AddressClass, 262_144, ON_DEMAND> = HashMap:
 #[btf_map]
 pub static ports: Array<PortWord, { PORT_WORDS as usize }> = Array::new();
 
-/// Ports outside the agent's range that carry a rewritten source, written here.
+/// What the programs add to `ports`: ports outside the agent's range that carry a rewritten source, NodePorts that have or
+/// had flows.
 #[btf_map]
 pub static kept_ports: Array<PortWord, { PORT_WORDS as usize }> = Array::new();
 

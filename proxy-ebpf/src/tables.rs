@@ -98,10 +98,14 @@ impl<C> Tables for Env<C> {
     }
 
     #[inline(always)]
-    fn set_snat_port(&self, port: Port) {
+    fn mark_port(&self, port: Port, usage: u64) {
         let (word, shift) = port_index(port);
         if let Some(word) = maps::kept_ports.get_ptr_mut(word) {
-            atomic_or(word.cast(), PortUse::SNAT << shift);
+            // Most are marked already; a locked write would take the word away from the other CPUs.
+            // SAFETY: one aligned word.
+            if unsafe { (&raw const (*word).bits).read_volatile() } >> shift & usage == 0 {
+                atomic_or(word.cast(), usage << shift);
+            }
         }
     }
 

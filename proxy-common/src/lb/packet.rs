@@ -427,10 +427,20 @@ fn promote<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, front: FlowR
         return;
     }
     let service = rewrite.service;
+    keep_node_port(flows, packet);
     flows.count(service, Event::Flow);
     if front.fixed(|value| value.has(FlowValue::AFFINITY)) {
         let backend = front.fixed(|value| value.backend);
         pick::remember(flows, &pick::affinity_of_address(&packet.tuple.src, service), backend, flows.now());
+    }
+}
+
+/// Marks the NodePort of a flow: the flow outlives its frontend.
+#[inline(never)]
+fn keep_node_port<F: Flows>(flows: &F, packet: &Parsed) {
+    let port = packet.tuple.dport.host();
+    if flows.address(&packet.tuple.dst).has(AddressClass::NODE) && flows.port_use(port).has(PortUse::NODE_PORT) {
+        flows.mark_port(port, PortUse::NODE_PORT);
     }
 }
 
@@ -914,7 +924,7 @@ fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> u32 
     value.alias_port = Be16::ZERO;
     let kept = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value) == CLAIMED;
     if kept {
-        flows.set_snat_port(plain.sport.host());
+        flows.mark_port(plain.sport.host(), PortUse::SNAT);
     }
     // The first port met whose flow is only pending, and how many such were met.
     let (mut pending, mut met) = (Be16::ZERO, 0);

@@ -649,6 +649,18 @@ fn flows_carry_on_for_a_vip_that_was_removed() {
 }
 
 #[test]
+fn flows_carry_on_for_a_node_port_that_was_removed() {
+    let mut world = with_service(Proto::TCP);
+    let connection = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
+    world.frontends.clear();
+    world.port_uses.borrow_mut().clear();
+    send(&world, &connection, tcp::ACK, 507);
+    reply(&world, &connection, tcp::ACK, 507);
+    let syn = packet(&tuple("203.0.113.5", 4001, "192.0.2.1", 30080, Proto::TCP), tcp::SYN, 1, 0, b"");
+    assert_eq!(enters(&world, syn.clone()), Ok(syn), "new ones are the node's own affair");
+}
+
+#[test]
 fn the_state_of_a_connection_follows_what_both_sides_send() {
     let world = with_service(Proto::TCP);
     let connection = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));

@@ -26,6 +26,7 @@ pub struct World {
     pub config: Config,
     pub addresses: RefCell<HashMap<Addr, AddressClass>>,
     pub port_uses: RefCell<HashMap<u16, u64>>,
+    pub kept_ports: RefCell<HashMap<u16, u64>>,
     pub frontends: HashMap<FrontendKey, FrontendValue>,
     pub sets: HashMap<(u32, bool), Range>,
     pub affinity_timeouts: HashMap<u32, u32>,
@@ -84,6 +85,7 @@ impl World {
             config,
             addresses: RefCell::default(),
             port_uses: RefCell::default(),
+            kept_ports: RefCell::default(),
             frontends: HashMap::new(),
             sets: HashMap::new(),
             affinity_timeouts: HashMap::new(),
@@ -194,10 +196,11 @@ impl Tables for World {
     fn port_use(&self, port: Port) -> PortUse {
         let in_range = (self.config.snat_first..=self.config.snat_last).contains(&port.0);
         let range = if in_range { PortUse::SNAT } else { 0 };
-        PortUse(range | self.port_uses.borrow().get(&port.0).copied().unwrap_or_default())
+        let of = |uses: &RefCell<HashMap<u16, u64>>| uses.borrow().get(&port.0).copied().unwrap_or_default();
+        PortUse(range | of(&self.port_uses) | of(&self.kept_ports))
     }
-    fn set_snat_port(&self, port: Port) {
-        *self.port_uses.borrow_mut().entry(port.0).or_insert(0) |= PortUse::SNAT;
+    fn mark_port(&self, port: Port, usage: u64) {
+        *self.kept_ports.borrow_mut().entry(port.0).or_insert(0) |= usage;
     }
     fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
         self.frontends.get(key).copied()
