@@ -845,23 +845,14 @@ fn store_front<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut 
 fn claim_plain<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> bool {
     let (key, client_is_a) = plain.plain_key();
     value.flags = value.flags & !FlowValue::CLIENT_IS_A | if client_is_a { FlowValue::CLIENT_IS_A } else { 0 };
-    if let Some(other) = flows.established(&key) {
+    if let Some(other) = find(flows, &key) {
         if !is_over(flows, plain.proto, other) {
             return false;
         }
         forget_others(flows, plain, client_is_a, other);
         flows.remove(&key);
     }
-    if flows.insert_pending(&key, value, true) {
-        return true;
-    }
-    match flows.pending(&key) {
-        Some(other) if is_over(flows, plain.proto, other) => {
-            forget_others(flows, plain, client_is_a, other);
-            flows.insert_pending(&key, value, false)
-        }
-        _ => false,
-    }
+    flows.insert_pending(&key, value, true)
 }
 
 /// Removes what a flow that is over has besides its plain entry, which another takes: packets that straggle would follow
@@ -964,7 +955,8 @@ fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> u32 {
     if flows.established(&key).is_some() {
         return TAKEN;
     }
-    if !flows.insert_pending(&key, value, true) {
+    // Looked up first: an insertion that fails has pushed out another entry all the same (an LRU makes room beforehand).
+    if flows.pending(&key).is_some() || !flows.insert_pending(&key, value, true) {
         return PENDING;
     }
     // A connection of this node itself with the same ends would lose its replies to us.
