@@ -80,6 +80,9 @@ fn flood(target: SocketAddr, from: u32, to: u32) {
 }
 
 /// Floods the NodePort of a service whose backend is on node number `backend`, with connections of all kinds beside.
+///
+/// Towards a backend of another node there are fewer source ports than forged connections: while the flood lasts, a handshake
+/// may lose its port to a forged one, and these clients never try twice. Nearly all get through, and all do afterwards.
 #[track_caller]
 fn nobody_suffers(plan: Plan, backend: usize, syns: u32) {
     let rig = Rig::build(plan);
@@ -107,7 +110,19 @@ fn nobody_suffers(plan: Plan, backend: usize, syns: u32) {
         assert_eq!(load.stats().open, 20);
     }
     new.iter_mut().for_each(|load| drop(load.wait_answers(20)));
-    live.into_iter().chain(new).for_each(|load| drop(load.finish_clean()));
+    live.into_iter().for_each(|load| drop(load.finish_clean()));
+    if backend == 0 {
+        return new.into_iter().for_each(|load| drop(load.finish_clean()));
+    }
+    for load in new {
+        let stats = load.finish();
+        assert!(stats.answered >= 4 * stats.failures(), "the flood kept too many out: {stats:?}");
+    }
+    for (place, to) in dialled {
+        let mut after = place.tcp_loop(short(to));
+        after.wait_answers(20);
+        after.finish_clean();
+    }
 }
 
 #[test]
