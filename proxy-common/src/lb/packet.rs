@@ -84,9 +84,14 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
     let ports = uses_of(flows, class, packet);
     if class.has(AddressClass::NODE)
         && ports.has(PortUse::SNAT)
-        && let Some(flow) = find(flows, &tuple.snat_key())
     {
-        return Some(Verdict::Rewrite(to_peer(flow)));
+        let key = tuple.snat_key();
+        if let Some(flow) = flows.established(&key) {
+            return Some(Verdict::Rewrite(to_peer(flow)));
+        }
+        if let Some(flow) = flows.pending(&key) {
+            return if is_answer(packet) { Some(Verdict::Rewrite(to_peer(flow))) } else { None };
+        }
     }
     let is_tcp = tuple.proto == Proto::TCP;
     if !is_dialled(class, ports) {
@@ -293,7 +298,7 @@ fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: P
         && ports.has(PortUse::SNAT)
         && let Some(flow) = snat_entry(flows, packet)
     {
-        return Step::Done(Verdict::Rewrite(to_peer(flow)));
+        return Step::Done(if is_foreign(flows, packet, flow) { PASS } else { Verdict::Rewrite(to_peer(flow)) });
     }
     if !is_dialled(class, ports) {
         return if class.has(AddressClass::BACKEND) { Step::Open { clash: false } } else { Step::Done(PASS) };
@@ -309,6 +314,38 @@ fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: P
 #[inline(never)]
 fn snat_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>> {
     find(flows, &packet.tuple.snat_key())
+}
+
+/// True for what a backend may send first; for TCP, what it says to a SYN.
+#[inline(always)]
+fn is_answer(packet: &Parsed) -> bool {
+    packet.tuple.proto != Proto::TCP
+        || packet.tcp_flags & tcp::RST != 0
+        || packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
+}
+
+/// True if the backend took the SYN of a flow with a rewritten source for one of another connection with the same ends (a
+/// forged one that it still waits for, say): what it sends then is the stack's affair, which resets such a connection or
+/// knows it; the next SYN of the flow avoids the clash.
+#[inline(never)]
+fn is_foreign<F: Flows>(flows: &F, packet: &Parsed, snat: FlowRef<'_>) -> bool {
+    if is_answer(packet) {
+        return false;
+    }
+    let tuple = Tuple {
+        src: packet.tuple.src,
+        dst: snat.fixed(|value| value.peer),
+        sport: packet.tuple.sport,
+        dport: snat.fixed(|value| value.peer_port),
+        proto: packet.tuple.proto,
+    };
+    let Some(plain) = find(flows, &tuple.plain_key().0) else { return false };
+    let hot = Hot::unpack(plain.hot());
+    if hot.state & Hot::ESTABLISHED != 0 || Proof(plain.proof()).is_some() {
+        return false;
+    }
+    plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::CLASH }.pack());
+    true
 }
 
 /// The front entry of a client's packet; `established` tells from which table.
@@ -1012,7 +1049,8 @@ fn may_keep_port<F: Flows>(flows: &F, port: Port) -> bool {
     }
 }
 
-/// Tries every port of the SNAT range once, beginning at one that depends on the connection.
+/// Tries every port of the SNAT range once, beginning at one that depends on the connection and on the time: a connection
+/// that met a clash where it began meets another port when it tries again.
 #[inline(always)]
 fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16) -> bool) -> bool {
     let Some(config) = flows.config() else { return false };
@@ -1021,7 +1059,9 @@ fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16) -
         return false;
     }
     let count = last - first + 1;
-    let start = select::position(tuple_hash(flows, tuple) >> 32, count);
+    // 2^32 divided by the golden ratio: what differs by one ends far apart (Knuth, volume 3, section 6.4).
+    let salt = flows.now().0.wrapping_mul(0x9e37_79b9) as u64;
+    let start = select::position((tuple_hash(flows, tuple) >> 32) ^ salt, count);
     flows.search(count, |step| {
         let offset = start + step;
         let offset = if offset >= count { offset - count } else { offset };

@@ -649,6 +649,26 @@ fn flows_carry_on_for_a_vip_that_was_removed() {
 }
 
 #[test]
+fn what_a_backend_says_to_another_connection_with_a_rewritten_source_is_the_stacks_affair() {
+    let mut world = World::new();
+    let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    let dialled = tuple("203.0.113.5", 40000, "192.0.2.1", 30080, Proto::TCP);
+    let mut tried = Vec::new();
+    for _ in 0..4 {
+        let clash = dial(&world, dialled).expect("a service");
+        assert!(!tried.contains(&clash.seen), "another port each time");
+        let challenge = packet(&clash.seen.reversed(), tcp::ACK, 900, 5, b"");
+        assert_eq!(enters(&world, challenge.clone()), Ok(challenge), "the client never hears of it");
+        tried.push(clash.seen);
+        world.now.set(Seconds(world.now.get().0 + 1));
+    }
+    let connection = open(&world, dialled);
+    assert!(!tried.contains(&connection.seen));
+    reply(&world, &connection, tcp::ACK, 501);
+}
+
+#[test]
 fn flows_carry_on_for_a_node_port_that_was_removed() {
     let mut world = with_service(Proto::TCP);
     let connection = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
