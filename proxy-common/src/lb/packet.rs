@@ -82,9 +82,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
         return None;
     }
     let ports = uses_of(flows, class, packet);
-    if class.has(AddressClass::NODE)
-        && ports.has(PortUse::SNAT)
-    {
+    if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
         let key = tuple.snat_key();
         if let Some(flow) = flows.established(&key) {
             return Some(Verdict::Rewrite(to_peer(flow)));
