@@ -152,10 +152,10 @@ fn segments_of_one_large_datagram_packet_arrive_one_by_one() {
     }
 }
 
-/// Packets out of a tunnel may bear a sum that the device made of all their bytes (CHECKSUM_COMPLETE); it must stay right when
-/// they are translated and stay here.
+/// Packets out of a tunnel are translated for a server of the node itself; without offloads they bear a sum that the tunnel
+/// made of all their bytes (CHECKSUM_COMPLETE).
 #[test]
-fn sums_made_by_a_tunnel_stay_right_for_a_backend_on_the_node() {
+fn large_transfers_out_of_a_tunnel_reach_a_backend_with_the_nodes_network() {
     for offloads in [Offloads::On, Offloads::Off] {
         let plan = Plan { nodes: 2, overlay: Overlay::Vxlan, offloads, ..Plan::default() };
         let rig = Rig::build_with(plan, |agent| agent.with("--nodeport-addresses", "all"));
