@@ -1,6 +1,10 @@
 //! The packet of an XDP program: read and changed in place, checksums complete.
+//!
+//! A frame of several buffers (jumbo frames, Linux 5.18) is looked at in its first, where drivers put the headers: what lies
+//! beyond reads as the end of the packet, and the frame passes.
 
 use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::helpers::generated::bpf_xdp_get_buff_len;
 use proxy_common::lb::rewrite::{Edit, L4};
 use proxy_common::wire::Packet;
 use proxy_common::wire::checksum::Diff;
@@ -14,11 +18,11 @@ const FARTHEST: usize = 4096;
 pub struct Frame(pub *mut xdp_md);
 
 impl Frame {
-    /// Length of the packet, as far as it is linear.
+    /// Length of the frame, all buffers.
     #[inline(always)]
     pub fn len(&self) -> u32 {
-        let (start, end) = self.bounds();
-        (end - start) as u32
+        // SAFETY: the context of the running program.
+        unsafe { bpf_xdp_get_buff_len(self.0) as u32 }
     }
 
     /// Device the packet came by.

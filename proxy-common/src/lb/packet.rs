@@ -116,6 +116,17 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
     Some(Verdict::Rewrite(rewrite))
 }
 
+/// True if [`ingress_known`] finds nothing left to do about a packet once `rewrite` is applied to it: what a hook that comes
+/// before it on the same device may translate.
+///
+/// Mostly so. But the translated packet may look like one of a direct connection that was given another port because of
+/// this very flow, which only the order of the hooks tells apart; and a backend may stand where another service is.
+#[inline(always)]
+pub fn is_final<F: Lookups>(flows: &F, packet: &Parsed, rewrite: &Rewrite) -> bool {
+    let after = Parsed { tuple: plain_tuple(&packet.tuple, rewrite), outer_dst: rewrite.addr, ..*packet };
+    rewrite.mac == [0; 3] && ingress_known(flows, &after) == Some(PASS)
+}
+
 /// True if a frame that a bridge switches past this node may concern us all the same: it goes to a backend itself, and its
 /// sender may have a translated connection with the same ends. What it dials otherwise is another machine's affair.
 #[inline(always)]

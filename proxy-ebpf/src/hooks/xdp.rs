@@ -1,13 +1,19 @@
 //! The XDP program `uplink`: what can be told before the kernel has made a packet of a frame.
 //!
 //! It drops what goes to unallocated service addresses, resets connections that nobody can serve, and sends the segments of
-//! established TCP connections to their backends; then the stack goes on, and the tcx programs find nothing left to do.
-//! Everything that opens, promotes or ends a flow, and all UDP (whose tcx program would take a translated datagram for
-//! a direct one), passes to them.
+//! established TCP connections to their backends; then the stack goes on, and the tcx programs of the same device find
+//! nothing left to do. What they would touch again after a translation is left to them whole (`packet::is_final`), and so is
+//! everything that opens, promotes or ends a flow, and all UDP (each datagram may open a flow).
+//!
+//! A device in promiscuous mode brings frames to other hosts; the kernel has not sorted them out yet. They pass: the
+//! program acts on frames to the MAC address that the agent has noted for the device, and on none if it has noted none.
+//!
+//! The program takes frames of several buffers, so that a large MTU is no obstacle to it.
 
 use crate::answer;
 use crate::counter;
 use crate::frame::Frame;
+use crate::maps;
 use crate::tables::{self, Env};
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX};
 use aya_ebpf::macros::xdp;
@@ -19,7 +25,7 @@ use proxy_common::lb::packet::{self, Verdict};
 use proxy_common::lb::rewrite::{self, End};
 use proxy_common::tables::Lookups;
 use proxy_common::verdict::{DropReason, Refusal};
-use proxy_common::wire::{self, Kind, Parsed};
+use proxy_common::wire::{self, Packet, Parsed, header};
 
 impl Lookups for Env<Frame> {
     #[inline(always)]
@@ -43,22 +49,33 @@ impl Lookups for Env<Frame> {
     }
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn uplink(ctx: XdpContext) -> u32 {
     let frame = Frame(ctx.ctx);
     let Some(parsed) = wire::parse_ethernet::<_, false>(&frame) else { return XDP_PASS };
-    if parsed.kind != Kind::Transport || parsed.tuple.proto != Proto::TCP {
-        return XDP_PASS;
-    }
     let env = Env { ctx: frame };
     match packet::ingress_known(&env, &parsed) {
         Some(Verdict::Pass) => XDP_PASS,
-        Some(Verdict::Rewrite(change)) => translate(frame, &parsed, &change),
+        _ if !goes_to_device(&frame) => XDP_PASS,
         Some(Verdict::Refuse(reason, refusal)) => refuse(frame, &parsed, reason, refusal),
+        _ if parsed.tuple.proto != Proto::TCP => XDP_PASS,
+        Some(Verdict::Rewrite(change)) if packet::is_final(&env, &parsed, &change) => translate(frame, &parsed, &change),
+        Some(Verdict::Rewrite(_)) => XDP_PASS,
         None => match packet::refusal(&env, &parsed) {
             Some((reason, refusal)) => refuse(frame, &parsed, reason, refusal),
             None => XDP_PASS,
         },
+    }
+}
+
+/// True if the frame is for the device itself, as far as its MAC address is known.
+#[inline(always)]
+fn goes_to_device(frame: &Frame) -> bool {
+    // SAFETY: plain words; the agent replaces elements as a whole.
+    let Some(device) = (unsafe { maps::devices.get(frame.ifindex()) }) else { return false };
+    match frame.load::<header::Ethernet>(0) {
+        Some(ethernet) => ethernet.destination == device.mac,
+        None => false,
     }
 }
 
