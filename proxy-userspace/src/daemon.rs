@@ -178,10 +178,12 @@ async fn build(
         devices: DeviceLinks::new(pins, netns, config.devices.clone(), loaded.programs, &loaded.maps)?,
         continuations: loaded.continuations,
         network: network.clone(),
+        facts: facts.clone(),
         is_adopted: loaded.adopted,
         status: status.clone(),
         attached: attached_sender,
     };
+    let refused = attachments.devices.watch_refused();
     Tables::register(&mut registry, loaded.maps, pins.clone(), sweep.watch());
     let health = Health::new(status.clone(), attached.clone(), progress, drain.clone());
     health.register(&mut registry);
@@ -209,7 +211,7 @@ async fn build(
         sweep.run(its_drain).await;
         Ok(())
     });
-    let admin = admin::serve(config.admin_socket.clone(), status.clone());
+    let admin = admin::serve(config.admin_socket.clone(), status.clone(), refused);
     parts.spawn("admin socket", drained(drain.clone(), async { Ok(admin.await?) }));
     parts.spawn("readiness", drained(drain.clone(), announce(status, attached, config.ready_file.clone())));
     if let Some(folder) = &config.manifests {

@@ -15,8 +15,8 @@ use crate::node::{Lone, pair};
 
 const SIZES: Sizes = Sizes { services: 64, backends: 64, flows: 64 };
 
-/// The records of bridge ports, by interface index: the bridge's index and its MAC address.
-fn ports(node: &Lone) -> HashMap<u32, (u32, [u8; 6])> {
+/// The records of devices, by interface index: the bridge's index and the MAC address that is looked at.
+pub fn records(node: &Lone) -> HashMap<u32, (u32, [u8; 6])> {
     let data = MapData::from_pin(node.pins().map("devices")).expect("the map is pinned");
     let map = BpfHashMap::<_, u32, DeviceRecord>::try_from(Map::HashMap(data)).expect("its layout is known");
     let record = |(index, record): (u32, DeviceRecord)| {
@@ -71,14 +71,14 @@ fn a_bridge_port_follows_its_bridge() {
     let (bridge, port) = (node.index("br0"), node.index("port"));
     assert_eq!(node.pair("port"), pair("ingress_port", "egress"));
     assert_eq!(node.pair("br0"), pair("ingress", "egress"));
-    assert_eq!(ports(&node), HashMap::from([(port, (bridge, [2, 0, 0, 0, 0, 1]))]));
+    assert_eq!(records(&node), HashMap::from([(port, (bridge, [2, 0, 0, 0, 0, 1]))]));
 
     ns.ip(["link set br0 address 02:00:00:00:00:09"]);
-    wait::until("the bridge's new MAC", || ports(&node).get(&port) == Some(&(bridge, [2, 0, 0, 0, 0, 9])));
+    wait::until("the bridge's new MAC", || records(&node).get(&port) == Some(&(bridge, [2, 0, 0, 0, 0, 9])));
 
     ns.ip(["link set port nomaster"]);
     wait::until("an ordinary pair after the release", || node.pair("port") == pair("ingress", "egress"));
-    wait::until("the record to go", || ports(&node).is_empty());
+    wait::until("the record to go", || records(&node).is_empty());
 
     ns.ip(["link set port master br0"]);
     wait::until("the port's program after it was enslaved live", || {
@@ -86,7 +86,7 @@ fn a_bridge_port_follows_its_bridge() {
     });
     ns.ip(["link del br0"]);
     wait::until("an ordinary pair without the bridge", || node.pair("port") == pair("ingress", "egress"));
-    wait::until("the record to go", || ports(&node).is_empty());
+    wait::until("the record to go", || records(&node).is_empty());
 }
 
 /// Others' programs stay, and ours run first on the way in and last on the way out.

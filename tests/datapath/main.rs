@@ -11,3 +11,4 @@ mod lifetime;
 mod node;
 mod tables;
 mod takeover;
+mod xdp;

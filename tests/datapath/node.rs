@@ -124,7 +124,18 @@ impl Lone {
     /// What a `shunt` command prints as JSON; panics if it fails.
     #[track_caller]
     pub fn json(&self, subcommand: &str) -> serde_json::Value {
-        let output = self.shunt([subcommand, "-o", "json"]);
+        self.json_of([subcommand, "-o", "json"])
+    }
+
+    /// The state as JSON, with what the running agent says of it.
+    #[track_caller]
+    pub fn status(&self) -> serde_json::Value {
+        self.json_of(["status", "-o", "json", "--admin-socket", &text(self.admin_socket())])
+    }
+
+    #[track_caller]
+    fn json_of<const N: usize>(&self, words: [&str; N]) -> serde_json::Value {
+        let output = self.shunt(words);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice(&output.stdout).expect("it prints JSON")
     }
@@ -159,6 +170,15 @@ impl Lone {
             names.join("+")
         };
         (names(TcAttachType::Ingress), names(TcAttachType::Egress))
+    }
+
+    /// Mode (1: in the driver, 2: generic) and program id of the XDP program of a device.
+    #[track_caller]
+    pub fn xdp(&self, device: &str) -> Option<(u64, u64)> {
+        let text = self.place.ns().output(["ip", "-j", "link", "show", device]);
+        let links: serde_json::Value = serde_json::from_str(&text).expect("ip prints JSON");
+        let xdp = links[0].get("xdp")?;
+        Some((xdp["mode"].as_u64()?, xdp["prog"]["id"].as_u64()?))
     }
 
     /// Interface index of a device.

@@ -3,8 +3,9 @@
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
-use aya::programs::SchedClassifier;
+use aya::programs::{SchedClassifier, Xdp};
 use aya::{TestRun as _, TestRunOptions};
+use aya_obj::programs::XdpAttachType;
 use proxy_common::verdict::DropReason;
 use proxy_userspace::datapath::kernel::{self, Continuations, MapFds, Sizes};
 use proxy_userspace::datapath::object::OBJECT;
@@ -29,6 +30,13 @@ impl Context {
     }
 }
 
+/// `struct xdp_md` (uapi/linux/bpf.h): a frame of `length` bytes in the first receive queue of a device.
+fn xdp_context(ifindex: u32, length: usize) -> [u8; 24] {
+    let (data_end, rx_queue) = (length as u32, 0);
+    let words = [0, data_end, 0, ifindex, rx_queue, 0];
+    std::array::from_fn(|at| words[at / 4].to_ne_bytes()[at % 4])
+}
+
 /// What a program did with a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -45,6 +53,7 @@ pub struct Datapath {
     ingress: SchedClassifier,
     ingress_port: SchedClassifier,
     egress: SchedClassifier,
+    uplink: Xdp,
     /// The maps, by name.
     pub maps: MapFds,
     ns: Arc<Netns>,
@@ -62,16 +71,18 @@ impl Datapath {
         pins.prepare().expect("the test's BPF file system takes pins");
         let sizes = Sizes { services: 1024, backends: 1024, flows: 65536 };
         let loaded = kernel::load(OBJECT, &pins, &sizes).unwrap_or_else(|error| panic!("{error:#}: {error:?}"));
-        let program = |name: &str| {
+        let pin = |name: &str| {
             let path = pins.base().join(name);
             let fd = loaded.programs.get(name).expect("the object has it");
             sys::pin(fd.as_fd(), &path).expect("programs can be pinned");
-            SchedClassifier::from_pin(&path).expect("it was pinned just now")
+            path
         };
+        let program = |name: &str| SchedClassifier::from_pin(pin(name)).expect("it was pinned just now");
         Self {
             ingress: program("ingress"),
             ingress_port: program("ingress_port"),
             egress: program("egress"),
+            uplink: Xdp::from_pin(pin("uplink"), XdpAttachType::Interface).expect("it was pinned just now"),
             maps: loaded.maps,
             ns: ns.clone(),
             _continuations: loaded.continuations,
@@ -82,6 +93,28 @@ impl Datapath {
     pub fn run(&self, hook: Hook, ifindex: u32, frame: &[u8]) -> Outcome {
         // The programs ask for routes and sockets of the namespace that runs them.
         self.ns.run(|| self.run_here(hook, ifindex, frame))
+    }
+
+    /// What the XDP program does with `frame` on the device.
+    pub fn run_uplink(&self, ifindex: u32, frame: &[u8]) -> Outcome {
+        let mut out = vec![0; ROOM];
+        let context = xdp_context(ifindex, frame.len());
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context),
+            ..TestRunOptions::default()
+        };
+        let result = self.ns.run(|| self.uplink.test_run(options));
+        let result = result.unwrap_or_else(|error| panic!("cannot run XDP on {} bytes: {error:?}", frame.len()));
+        out.truncate(result.data_size_out as usize);
+        // XDP_DROP, XDP_PASS, XDP_TX (uapi/linux/bpf.h).
+        match result.return_value {
+            1 => Outcome::Dropped,
+            2 => Outcome::Next(out),
+            3 => Outcome::Answered(out),
+            other => panic!("XDP returned {other}"),
+        }
     }
 
     /// How many of the frames `is_counted` says yes to, each run through the program of `hook`.

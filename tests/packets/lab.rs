@@ -49,9 +49,23 @@ pub fn each(mut test: impl FnMut(Family, Proto)) {
     }
 }
 
+/// What the XDP program of the uplink did with packets, before their device's ingress hook.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ahead {
+    /// Left to the hook as they came.
+    pub passed: u32,
+    /// Translated; nothing was left to the hook.
+    pub translated: u32,
+    /// Dropped or answered.
+    pub refused: u32,
+}
+
 /// A node with the services of [`world`], and the reference that follows it.
 pub struct Lab {
     datapath: Datapath,
+    /// Its uplink runs XDP.
+    has_xdp: bool,
+    ahead: Ahead,
     tables: Tables,
     /// The reference.
     pub nat: Nat,
@@ -70,6 +84,15 @@ impl Lab {
         Self::build(Plan::default(), world::facts())
     }
 
+    /// The same, and its uplink runs the XDP program.
+    pub fn with_xdp() -> Self {
+        let mut lab = Self::new();
+        let (index, mac) = lab.devices[&0];
+        tables::put_device(&lab.datapath.maps, index, 0, mac);
+        lab.has_xdp = true;
+        lab
+    }
+
     /// A fresh node whose pods are on a bridge; `resolved` of them are neighbours that the node knows.
     pub fn bridged(resolved: &[u16]) -> Self {
         let mut facts = world::facts();
@@ -78,7 +101,7 @@ impl Lab {
         let node = lab.cluster.nodes[0].place.ns().clone();
         let (index, mac) = identity(&node, "cni0");
         for number in 1..=2 {
-            tables::put_port(&lab.datapath.maps, lab.devices[&number].0, index, mac);
+            tables::put_device(&lab.datapath.maps, lab.devices[&number].0, index, mac);
         }
         lab.bridge = Some(mac);
         let neighbours = resolved.iter().flat_map(|number| lab.resolve(*number)).collect();
@@ -109,7 +132,8 @@ impl Lab {
         let services = world::services();
         let tables = Tables::fill(&datapath.maps, &facts, &services);
         let nat = Nat::new(facts, services);
-        Self { datapath, tables, nat, devices, bridge: None, drops: BTreeMap::new(), cluster }
+        let (has_xdp, ahead) = (false, Ahead::default());
+        Self { datapath, has_xdp, ahead, tables, nat, devices, bridge: None, drops: BTreeMap::new(), cluster }
     }
 
     /// From now on, the backends at these addresses are gone from all services.
@@ -181,9 +205,9 @@ impl Lab {
     #[track_caller]
     pub fn step(&mut self, hook: Hook, device: Device, packet: &Packet) -> Option<Packet> {
         let before = self.datapath.drops();
-        let (ifindex, _) = self.identity(device);
+        let ifindex = self.identity(device).0;
         let frame = packet.to_bytes();
-        let outcome = self.datapath.run(hook, ifindex, &frame);
+        let outcome = self.run(hook, device, &frame);
         let got = match &outcome {
             Outcome::Next(bytes) => &bytes[..],
             Outcome::Dropped | Outcome::Answered(_) => &[],
@@ -214,6 +238,45 @@ impl Lab {
             *self.drops.entry(reason.name()).or_default() += count;
         }
         out
+    }
+
+    /// What comes out of a hook for `frame`; where XDP has done its work, the hook must find nothing left to do.
+    #[track_caller]
+    fn run(&mut self, hook: Hook, device: Device, frame: &[u8]) -> Outcome {
+        if !(self.has_xdp && hook == Hook::Ingress && device == Device::Eth0) {
+            return self.run_bytes(hook, device, frame);
+        }
+        let outcome = self.run_xdp(frame);
+        match &outcome {
+            Outcome::Next(out) if out == frame => {
+                self.ahead.passed += 1;
+                return self.run_bytes(hook, device, frame);
+            }
+            Outcome::Next(out) => {
+                self.ahead.translated += 1;
+                assert_eq!(self.run_bytes(hook, device, out), outcome, "the hook translates again");
+            }
+            Outcome::Dropped | Outcome::Answered(_) => self.ahead.refused += 1,
+        }
+        outcome
+    }
+
+    /// What XDP on the uplink does with any bytes.
+    pub fn run_xdp(&self, frame: &[u8]) -> Outcome {
+        self.datapath.run_uplink(self.identity(Device::Eth0).0, frame)
+    }
+
+    /// What XDP did with the packets of `work`.
+    #[track_caller]
+    pub fn ahead<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> (T, Ahead) {
+        self.ahead = Ahead::default();
+        let result = work(self);
+        (result, self.ahead)
+    }
+
+    /// The uplink is no longer known to run XDP.
+    pub fn forget_uplink(&self) {
+        tables::remove_device(&self.datapath.maps, self.identity(Device::Eth0).0);
     }
 
     /// What comes out of the ingress hook of the source's device, as the reference says too.

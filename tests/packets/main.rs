@@ -1,4 +1,4 @@
-//! The real tcx programs on made packets, one hook at a time (`BPF_PROG_TEST_RUN`), against the reference NAT.
+//! The real tcx and XDP programs on made packets, one hook at a time (`BPF_PROG_TEST_RUN`), against the reference NAT.
 //!
 //! ```text
 //!   client ── eth0 [ node: ingress, egress of each device ] veth-1-1 ── pod (10.244.1.0/24)
@@ -23,3 +23,4 @@ mod refusals;
 mod snat;
 mod untouched;
 mod walk;
+mod xdp;

@@ -1,9 +1,10 @@
 //! Refusals: who is answered, who is not, and which counter says so.
 
-use shunt_tests::nat::Hook;
+use shunt_tests::nat::{Hook, check_answer};
 use shunt_tests::packet::{Body, Icmp, Ip, Packet, flag, proto};
 use shunt_tests::topology::{Family, SERVICES};
 
+use crate::datapath::Outcome;
 use crate::lab::{Device, Lab, Proto, each, tcp};
 use crate::world::{self, Name};
 
@@ -111,6 +112,24 @@ fn answers_hold_for_options_and_extension_headers() {
         }
         assert_eq!(lab.through(&packet), None);
     });
+}
+
+/// Links pad short frames; what they add is no data.
+#[test]
+fn a_padded_segment_is_answered_as_if_it_were_not() {
+    let lab = Lab::new();
+    for family in Family::ALL {
+        let opening = lab.opening(
+            Proto::Tcp,
+            world::outside(1).port(family, 4000),
+            Name::Empty.vip().port(family, world::PORT),
+        );
+        let padded = [opening.to_bytes(), vec![0; 6]].concat();
+        let Outcome::Answered(answer) = lab.run_bytes(Hook::Ingress, Device::Eth0, &padded) else {
+            panic!("it is not answered")
+        };
+        check_answer(&opening, &answer).unwrap_or_else(|wrong| panic!("{wrong}: {answer:?}"));
+    }
 }
 
 #[test]

@@ -136,11 +136,17 @@ impl Tables {
     }
 }
 
-/// Makes a device known as a port of a bridge.
-pub fn put_port(maps: &MapFds, ifindex: u32, bridge: u32, mac: [u8; 6]) {
+/// Makes a device known as a port of a bridge, or (bridge 0) as one that runs XDP.
+pub fn put_device(maps: &MapFds, ifindex: u32, bridge: u32, mac: [u8; 6]) {
     let [a, b, c, d, e, f] = mac;
     let mac = [[a, b], [c, d], [e, f]].map(u16::from_ne_bytes);
     put(maps, "devices", &ifindex, &DeviceRecord { bridge, mac, reserved: 0 });
+}
+
+/// Makes a device unknown.
+pub fn remove_device(maps: &MapFds, ifindex: u32) {
+    let fd = maps.get("devices").expect("the object has it");
+    assert!(sys::map_delete(fd, &ifindex).expect("it is a hash map"), "the device was known");
 }
 
 fn put<K: Pod, V: Pod>(maps: &MapFds, map: &str, key: &K, value: &V) {

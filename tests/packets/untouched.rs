@@ -65,7 +65,7 @@ fn shortest(bytes: &[u8]) -> usize {
 }
 
 /// Bytes that are a packet up to somewhere: cut, or with some bytes changed, or noise altogether.
-fn frames(lab: &Lab) -> impl Strategy<Value = Vec<u8>> + use<> {
+pub fn frames(lab: &Lab) -> impl Strategy<Value = Vec<u8>> + use<> {
     let mut models: Vec<Vec<u8>> = Vec::new();
     for family in Family::ALL {
         for proto in crate::lab::Proto::ALL {
@@ -74,6 +74,7 @@ fn frames(lab: &Lab) -> impl Strategy<Value = Vec<u8>> + use<> {
             let packet = lab.opening(proto, client, frontend);
             let error = crate::lab::too_big(&packet);
             models.push(packet.to_bytes());
+            models.push(lab.following(proto, client, frontend).to_bytes());
             models.push(packet.fragment(3, 0, 48).to_bytes());
             models.push(Packet::error(packet.link.clone(), client.ip(), frontend.ip(), error).to_bytes());
             let mut dressed = packet;

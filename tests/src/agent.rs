@@ -75,6 +75,13 @@ impl Agent {
         self
     }
 
+    /// From the next start on, an option that it has got has this value.
+    #[track_caller]
+    pub fn set(&mut self, option: &str, value: impl Into<OsString>) {
+        let position = self.args.iter().position(|arg| arg == option).expect("it has the option");
+        self.args[position + 1] = value.into();
+    }
+
     /// From the next start on, this program is run.
     pub fn set_program(&mut self, program: &Path) {
         self.program = program.to_owned();

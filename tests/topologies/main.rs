@@ -12,6 +12,7 @@
 //! | [`refusal`] | who is refused, who is dropped, and what counts it |
 //! | [`change`] | endpoints and frontends that come and go under traffic |
 //! | [`flood`] | a million forged SYNs beside live connections |
+//! | [`xdp`] | the same with XDP on the uplink |
 //!
 //! [`rig`] builds what they share; [`talk`] holds conversations open. Topologies are drawn in `shunt_tests::topology`.
 
@@ -27,3 +28,4 @@ mod rig;
 mod source;
 mod talk;
 mod three;
+mod xdp;

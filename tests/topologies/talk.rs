@@ -10,7 +10,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use shunt_tests::probe::TIMEOUT;
+use shunt_tests::probe::{TIMEOUT, pattern};
 use shunt_tests::wait;
 
 /// Who answered, and whom it saw.
@@ -66,6 +66,20 @@ impl Tcp {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         Ok(parse(&line))
+    }
+}
+
+impl Tcp {
+    /// Sends many bytes, each of which the server compares with what it should be; the server's name, and what it found wrong.
+    pub fn send_many(&mut self) -> io::Result<String> {
+        const REPEATS: usize = 64;
+        let pattern = pattern();
+        let mut stream = self.0.get_ref();
+        stream.write_all(format!("sink {}\n", pattern.len() * REPEATS).as_bytes())?;
+        (0..REPEATS).try_for_each(|_| stream.write_all(&pattern))?;
+        let mut line = String::new();
+        self.0.read_line(&mut line)?;
+        Ok(line.trim_end().to_owned())
     }
 }
 

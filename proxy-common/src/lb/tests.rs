@@ -1,6 +1,6 @@
 //! Properties of the packet path on whole packets: what a client sends, what its backend sees, what comes back.
 
-use super::packet::{Verdict, egress, egress_known, ingress, ingress_known, refusal};
+use super::packet::{Verdict, egress, egress_known, ingress, ingress_known, is_final, refusal};
 use super::rewrite::{End, Slice, apply};
 use super::tuple::Tuple;
 use super::world::{World, addr, tuple};
@@ -131,8 +131,10 @@ fn through(
     }
 }
 
-/// A packet at ingress. The short decision, where there is one, must be the long one.
+/// A packet at ingress. The short decision, where there is one, must be the long one; and what a hook before this one may
+/// translate, this one must take for nobody's.
 fn enters(world: &World, bytes: Vec<u8>) -> Result<Vec<u8>, (DropReason, Refusal)> {
+    let copy = bytes.clone();
     through(world, bytes, End::Destination, |world, parsed| {
         let known = ingress_known(world, parsed);
         let refused = refusal(world, parsed);
@@ -144,6 +146,13 @@ fn enters(world: &World, bytes: Vec<u8>) -> Result<Vec<u8>, (DropReason, Refusal
             assert!(!unseen, "a hook before could have refused: {verdict:?} for {parsed:?}");
         }
         assert!(known.is_none() || known == Some(verdict), "{known:?} but {verdict:?} for {parsed:?}");
+        if let Some(Verdict::Rewrite(rewrite)) = known
+            && is_final(world, parsed, &rewrite)
+        {
+            let mut ahead = copy.clone();
+            assert!(apply(&mut Slice(&mut ahead), parsed, End::Destination, &rewrite));
+            assert_eq!(ingress(world, &mut parse(&ahead)), Verdict::Pass, "left to do after {rewrite:?} on {parsed:?}");
+        }
         verdict
     })
 }
@@ -355,6 +364,25 @@ fn one_client_port_to_two_vips_and_to_the_backend_itself_makes_three_connections
         let again = packet(&all[0].plain, tcp::SYN, 100, 0, b"");
         assert_eq!(enters(&world, again.clone()), Ok(again), "{proto}");
     }
+}
+
+/// True if a hook before ingress may translate the next segment of an established connection.
+fn may_go_ahead(world: &World, connection: &Connection) -> bool {
+    let parsed = parse(&packet(&connection.dialled, tcp::ACK, 101, 507, b"more"));
+    let Some(Verdict::Rewrite(rewrite)) = ingress_known(world, &parsed) else { panic!("it is established") };
+    is_final(world, &parsed, &rewrite)
+}
+
+#[test]
+fn a_hook_before_leaves_alone_what_would_look_like_a_direct_connection() {
+    let world = two_services(Proto::TCP);
+    let vip = open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP));
+    let other = open(&world, tuple("10.244.1.50", 5556, "10.96.0.10", 80, Proto::TCP));
+    assert!(may_go_ahead(&world, &vip) && may_go_ahead(&world, &other));
+    let direct = open(&world, tuple("10.244.1.50", 5555, "10.244.1.5", 8080, Proto::TCP));
+    assert_ne!(direct.seen, direct.dialled);
+    assert!(!may_go_ahead(&world, &vip), "the direct connection's entry would take it");
+    assert!(!may_go_ahead(&world, &direct), "and it would not be known there by its other port");
 }
 
 /// Two services with one backend.

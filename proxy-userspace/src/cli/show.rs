@@ -34,6 +34,8 @@ struct StatusView {
     agent: bool,
     socket_hooks: usize,
     devices: Vec<String>,
+    /// Those that run the XDP program.
+    xdp_devices: Vec<String>,
     tables: BTreeMap<&'static str, Use>,
     drops: BTreeMap<&'static str, u64>,
     /// What a running agent says.
@@ -75,6 +77,7 @@ fn status_view(pins: &Pins, maps: &MapFds) -> Result<StatusView> {
         agent: matches!(pins.lock(), Err(pins::Error::Locked(_))),
         socket_hooks: pins::list(&pins.cgroup_links())?.len(),
         devices: inspect::attached(pins)?.into_iter().map(device_name).collect(),
+        xdp_devices: inspect::attached_xdp(pins)?.into_iter().map(device_name).collect(),
         tables: BTreeMap::from([
             ("services", used(tables.services.len(), limits.services)),
             ("backends", used(tables.backends.len(), limits.backends)),
@@ -96,12 +99,13 @@ fn device_name(attached: Attached) -> String {
 
 fn status_text(view: &StatusView) -> String {
     let agent = if view.agent { "running" } else { "not running; what is programmed works on" };
-    let devices = if view.devices.is_empty() { "none".to_owned() } else { view.devices.join(" ") };
+    let list = |devices: &[String]| if devices.is_empty() { "none".to_owned() } else { devices.join(" ") };
     let mut lines = vec![
         format!("agent         {agent}"),
         format!("table layout  {}", view.layout),
         format!("socket hooks  {} attached", view.socket_hooks),
-        format!("devices       {devices}"),
+        format!("devices       {}", list(&view.devices)),
+        format!("XDP           {}", list(&view.xdp_devices)),
         String::new(),
     ];
     lines.extend(view.tables.iter().map(|(name, table)| format!("{name:<13} {} of {}", table.used, table.capacity)));
@@ -121,7 +125,8 @@ fn report_lines(report: &Report) -> Vec<String> {
         report.refused.iter().map(|trouble| format!("refused       {}: {}", trouble.subject, trouble.message));
     let problems =
         report.problems.iter().map(|trouble| format!("problem       {}: {}", trouble.subject, trouble.message));
-    pending.chain(refused).chain(problems).collect()
+    let xdp = report.xdp_refused.iter().map(|trouble| format!("no XDP        {}: {}", trouble.subject, trouble.message));
+    pending.chain(refused).chain(problems).chain(xdp).collect()
 }
 
 /// One line of `shunt services`.

@@ -141,7 +141,7 @@ impl Config {
             facts,
             cgroup: flags.cgroup,
             socket_lb: flags.socket_lb,
-            devices: Choice { only: flags.devices, except: flags.exclude_devices },
+            devices: Choice { only: flags.devices, except: flags.exclude_devices, xdp: flags.xdp },
             snat_ports,
             sizes,
             bpffs: flags.bpffs,

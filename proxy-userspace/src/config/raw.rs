@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use crate::datapath::device::Xdp;
 use crate::source::kubernetes::access::SERVICE_ACCOUNT;
 
 /// Where `--bpffs` is by default.
@@ -100,6 +101,21 @@ pub struct AgentFlags {
     /// How programs are attached to devices; tcx needs Linux 6.6
     #[arg(long, value_enum, default_value_t, help_heading = "Datapath")]
     pub attach: Attach,
+
+    /// Which devices also run a program before the kernel makes a packet of a frame
+    ///
+    /// It drops what goes to unallocated service addresses, resets connections to services without endpoints, and
+    /// translates the segments of established TCP connections; everything else, and all of it where the program does not
+    /// run, is done by the programs behind it. It is attached in the driver, never by the kernel's generic mode. A device that
+    /// refuses it, or that runs another XDP program, is left as it is; `shunt status` names it.
+    ///
+    /// Off by default: many drivers reset their queues when an XDP program comes or goes, and switch off offloads that merge
+    /// segments (LRO, hardware GRO), which costs bulk traffic more than the program saves.
+    ///
+    /// veth: give the far end `ethtool -K DEV tx off gro on`. Checksums that are left to the device are not known to XDP, and
+    /// resets are delivered to a far end with GRO only.
+    #[arg(long, value_enum, default_value_t, help_heading = "Datapath")]
+    pub xdp: Xdp,
 
     /// Ports for rewritten sources; kept free of local sockets by net.ipv4.ip_local_reserved_ports
     #[arg(long, value_name = "A-B", default_value = "10000-29999", help_heading = "Datapath")]

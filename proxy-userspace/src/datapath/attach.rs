@@ -2,7 +2,11 @@
 //! behind the links it finds.
 //!
 //! Order of replacement: programs that undo (egress, recvmsg, getpeername) before programs that translate, so that no
-//! translated packet or socket meets an older program on its way back.
+//! translated packet or socket meets an older program on its way back. XDP translates, ahead of the tcx programs of its
+//! device and relying on them: replaced last, detached first.
+//!
+//! XDP is attached in the driver or not at all. A device that refuses it is served by tcx alone, as most devices are: that is
+//! no failure, and it is not tried again before the device or the agent is new.
 //! May touch: links, their pins, the `devices` map. Which device gets what is decided in `device`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +24,7 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
-use super::device::{Attachment, Choice, Device, decide_attachment};
+use super::device::{Attachment, Choice, Device, Xdp, decide_attachment, wants_xdp};
 use super::kernel::{self, Continuations, MapFds, Programs};
 use super::maps::{self, Table};
 use super::network::Network;
@@ -29,6 +33,7 @@ use super::reconcile::Status;
 use super::sys::{self, LinkTarget, Place};
 use crate::drain::Drain;
 use crate::error::chain;
+use crate::model::NodeFacts;
 
 /// Why a program could not be attached.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +71,9 @@ pub enum Error {
         source: io::Error,
     },
 }
+
+/// What [`Error::Link`] says was tried when the kernel took no new link.
+const ATTACH: &str = "attach";
 
 /// Whether a program translates or undoes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,7 +170,8 @@ pub fn detach_sockets(pins: &Pins) -> Result<(), Error> {
 
 /// Detaches everything that is pinned: what translates before what undoes. Returns how many links there were.
 pub fn detach_all(pins: &Pins) -> Result<usize, pins::Error> {
-    let mut links = pins::list(&pins.cgroup_links())?;
+    let mut links = pins::list(&pins.xdp_links())?;
+    links.extend(pins::list(&pins.cgroup_links())?);
     links.extend(pins::list(&pins.tcx_links())?);
     links.sort_by_key(|pin| direction_of(pin) == Direction::Reverse);
     links.iter().try_for_each(|pin| detach(pin))?;
@@ -214,7 +223,7 @@ impl Wanted<'_> {
             }
         }
         // The new one first: between the two, both translate, and what is translated once is left alone by the other.
-        let link = create().map_err(failed("attach"))?;
+        let link = create().map_err(failed(ATTACH))?;
         if old.is_some() {
             detach(&self.pin)?;
         }
@@ -245,14 +254,28 @@ impl Pair {
     }
 }
 
+/// The XDP program.
+const XDP_PROGRAM: &str = "uplink";
+
 /// What a device has now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Attached {
     attachment: Attachment,
-    port: Option<DeviceRecord>,
+    record: Option<DeviceRecord>,
+    /// It has the XDP program, or has refused it.
+    is_asked_for_xdp: bool,
 }
 
-/// The tcx links of the node's devices, kept as the network changes.
+/// A device that does not run the XDP program although it was to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct XdpRefusal {
+    /// Name of the device.
+    pub device: String,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// The links of the node's devices, kept as the network changes.
 pub struct DeviceLinks {
     pins: Pins,
     /// Network namespace cookie: interface indices mean something only within it.
@@ -263,6 +286,7 @@ pub struct DeviceLinks {
     attached: BTreeMap<u32, Attached>,
     listing: u64,
     skipped: BTreeSet<u32>,
+    refused: watch::Sender<BTreeMap<u32, XdpRefusal>>,
 }
 
 impl DeviceLinks {
@@ -277,7 +301,13 @@ impl DeviceLinks {
             attached: BTreeMap::new(),
             listing: 0,
             skipped: BTreeSet::new(),
+            refused: watch::Sender::default(),
         })
+    }
+
+    /// Devices that refuse the XDP program, by interface index.
+    pub fn watch_refused(&self) -> watch::Receiver<BTreeMap<u32, XdpRefusal>> {
+        self.refused.subscribe()
     }
 
     /// The programs that are attached.
@@ -291,19 +321,37 @@ impl DeviceLinks {
     }
 
     /// Puts this agent's programs of one direction behind the links that an earlier agent left, in all devices.
-    pub fn replace(&mut self, network: &Network, direction: Direction) -> Vec<Error> {
+    pub fn replace(&mut self, network: &Network, facts: &NodeFacts, direction: Direction) -> Vec<Error> {
         let mut errors = Vec::new();
         for device in network.devices.values() {
             let Ok(attachment) = decide_attachment(device, &self.choice) else { continue };
             if self.pin(device.index, direction).exists() {
                 errors.extend(self.attach_one(device, attachment, direction).err());
             }
+            if direction == Direction::Forward && self.xdp_pin(device.index).exists() {
+                errors.extend(self.replace_xdp(device, network, facts).err());
+            }
         }
         errors
     }
 
+    fn replace_xdp(&mut self, device: &Device, network: &Network, facts: &NodeFacts) -> Result<(), Error> {
+        if !self.wants_xdp(device, network, facts) {
+            return self.release_xdp(device.index);
+        }
+        match self.ensure_xdp(device) {
+            // The link was another device's; `follow` tells that this one refuses.
+            Err(Error::Link { action: ATTACH, .. }) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn wants_xdp(&self, device: &Device, network: &Network, facts: &NodeFacts) -> bool {
+        wants_xdp(device, &self.choice, network.is_bound(&facts.routed, device.index))
+    }
+
     /// Makes links and port records follow the network. A device that fails is reported and tried again next time.
-    pub fn follow(&mut self, network: &Network) -> Vec<Error> {
+    pub fn follow(&mut self, network: &Network, facts: &NodeFacts) -> Vec<Error> {
         if network.listing != self.listing {
             // An index may stand for another device now: look at every link again.
             self.attached.clear();
@@ -312,12 +360,12 @@ impl DeviceLinks {
         }
         let mut errors: Vec<Error> = self.prune(network).err().into_iter().collect();
         for device in network.devices.values() {
-            errors.extend(self.follow_device(device, network).err());
+            errors.extend(self.follow_device(device, network, facts).err());
         }
         errors
     }
 
-    fn follow_device(&mut self, device: &Device, network: &Network) -> Result<(), Error> {
+    fn follow_device(&mut self, device: &Device, network: &Network, facts: &NodeFacts) -> Result<(), Error> {
         let attachment = match decide_attachment(device, &self.choice) {
             Ok(attachment) => attachment,
             Err(reason) => {
@@ -328,7 +376,10 @@ impl DeviceLinks {
             }
         };
         self.skipped.remove(&device.index);
-        let wanted = Attached { attachment, port: port_record(attachment, network) };
+        let is_asked_for_xdp = self.wants_xdp(device, network, facts);
+        let own = is_asked_for_xdp.then(|| device_record(0, device.mac));
+        let record = port_record(attachment, network).or(own);
+        let wanted = Attached { attachment, record, is_asked_for_xdp };
         if self.attached.get(&device.index) == Some(&wanted) {
             return Ok(());
         }
@@ -337,7 +388,7 @@ impl DeviceLinks {
 
     fn attach(&mut self, device: &Device, wanted: Attached) -> Result<(), Error> {
         let before = self.attached.remove(&device.index);
-        match &wanted.port {
+        match &wanted.record {
             Some(record) => self.ports.put(&device.index, record)?,
             None => drop(self.ports.remove(&device.index)?),
         }
@@ -350,7 +401,56 @@ impl DeviceLinks {
         if before.is_none_or(|before| before.attachment != wanted.attachment) {
             info!(device = device.name, attachment = ?wanted.attachment, "programs attached");
         }
+        if !wanted.is_asked_for_xdp {
+            self.release_xdp(device.index)?;
+        } else if before.is_none_or(|before| !before.is_asked_for_xdp) {
+            self.attach_xdp(device)?;
+        }
         self.attached.insert(device.index, wanted);
+        Ok(())
+    }
+
+    /// Attaches the XDP program, or notes that the device refuses it.
+    fn attach_xdp(&mut self, device: &Device) -> Result<(), Error> {
+        match self.ensure_xdp(device) {
+            Ok(()) => info!(device = device.name, "XDP program attached"),
+            Err(Error::Link { source, .. }) if is_gone(&source) => {}
+            Err(Error::Link { action: ATTACH, source, .. }) => {
+                // What is pinned in its name is another device's.
+                self.release_xdp(device.index)?;
+                self.note_refusal(device, &source);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn ensure_xdp(&self, device: &Device) -> Result<(), Error> {
+        let wanted = Wanted {
+            program: self.programs.get(XDP_PROGRAM)?,
+            name: XDP_PROGRAM,
+            target: LinkTarget::Xdp(device.index),
+            pin: self.xdp_pin(device.index),
+        };
+        wanted.ensure(|| sys::link_xdp(wanted.program, device.index), || device.name.clone())
+    }
+
+    fn note_refusal(&self, device: &Device, error: &io::Error) {
+        let reason = xdp_refusal(error);
+        match self.choice.xdp {
+            Xdp::Native => warn!(device = device.name, reason, "device does not run XDP"),
+            Xdp::Auto | Xdp::Off => info!(device = device.name, reason, "device does not run XDP"),
+        }
+        let refusal = XdpRefusal { device: device.name.clone(), reason };
+        self.refused.send_modify(|refused| drop(refused.insert(device.index, refusal)));
+    }
+
+    fn release_xdp(&self, index: u32) -> Result<(), Error> {
+        self.refused.send_if_modified(|refused| refused.remove(&index).is_some());
+        let pin = self.xdp_pin(index);
+        if pin.exists() {
+            detach(&pin)?;
+        }
         Ok(())
     }
 
@@ -373,6 +473,7 @@ impl DeviceLinks {
     /// Takes the programs off a device that shall have none.
     fn release(&mut self, index: u32) -> Result<(), Error> {
         self.attached.remove(&index);
+        self.release_xdp(index)?;
         for direction in Direction::ORDER.into_iter().rev() {
             let pin = self.pin(index, direction);
             if pin.exists() {
@@ -387,7 +488,13 @@ impl DeviceLinks {
     fn prune(&mut self, network: &Network) -> Result<(), Error> {
         self.attached.retain(|index, _| network.devices.contains_key(index));
         self.skipped.retain(|index| network.devices.contains_key(index));
-        for pin in pins::list(&self.pins.tcx_links())? {
+        self.refused.send_if_modified(|refused| {
+            let before = refused.len();
+            refused.retain(|index, _| self.attached.contains_key(index));
+            refused.len() != before
+        });
+        let links = [pins::list(&self.pins.xdp_links())?, pins::list(&self.pins.tcx_links())?];
+        for pin in links.concat() {
             match parse_pin(&pin) {
                 Some((netns, index)) if netns == self.netns && network.devices.contains_key(&index) => {}
                 Some((netns, index)) => {
@@ -401,6 +508,10 @@ impl DeviceLinks {
             }
         }
         Ok(())
+    }
+
+    fn xdp_pin(&self, index: u32) -> PathBuf {
+        self.pins.xdp_links().join(format!("{:x}-{index}", self.netns))
     }
 
     fn pin(&self, index: u32, direction: Direction) -> PathBuf {
@@ -419,6 +530,18 @@ fn parse_pin(pin: &Path) -> Option<(u64, u32)> {
     Some((netns, parts.next()?.parse().ok()?))
 }
 
+/// Why a device refuses the XDP program, in words. (The kernel's own go to whoever reads its trace events.)
+fn xdp_refusal(error: &io::Error) -> String {
+    let reason = match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP) => "its driver has no native XDP",
+        Some(libc::EINVAL) => "its driver takes no XDP program as the device is set up (MTU, queues, offloads)",
+        Some(libc::EBUSY | libc::EEXIST) => "another XDP program is attached, and left alone",
+        Some(libc::ERANGE) => "its MTU is too large for XDP",
+        _ => return error.to_string(),
+    };
+    reason.to_owned()
+}
+
 /// The device vanished between its announcement and the call.
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOLINK))
@@ -434,6 +557,8 @@ pub struct Task {
     pub continuations: Continuations,
     /// Devices of the node.
     pub network: watch::Receiver<Network>,
+    /// Which of them is an uplink.
+    pub facts: watch::Receiver<Arc<NodeFacts>>,
     /// Programs of an earlier agent are running: they are replaced at once, without waiting for `status`.
     pub is_adopted: bool,
     /// Tells when the tables are worth attaching to.
@@ -456,7 +581,8 @@ impl Task {
         let mut backoff = Backoff::default();
         loop {
             let network = self.network.borrow_and_update().clone();
-            let errors = self.devices.follow(&network);
+            let facts = self.facts.borrow_and_update().clone();
+            let errors = self.devices.follow(&network, &facts);
             let retry = if errors.is_empty() {
                 backoff = Backoff::default();
                 self.attached.send_replace(true);
@@ -469,6 +595,7 @@ impl Task {
             };
             tokio::select! {
                 changed = self.network.changed() => if changed.is_err() { return Ok(()) },
+                changed = self.facts.changed() => if changed.is_err() { return Ok(()) },
                 () = tokio::time::sleep(retry) => {}
                 () = drain.wait() => return Ok(()),
             }
@@ -478,13 +605,14 @@ impl Task {
     /// Puts our programs behind all links that exist, and attaches the socket hooks.
     fn flip(&mut self) -> Result<(), Error> {
         let network = self.network.borrow().clone();
+        let facts = self.facts.borrow().clone();
         self.continuations.pin(&self.devices.pins)?;
         let mut is_complete = true;
         for direction in Direction::ORDER {
             if let Some(sockets) = &self.sockets {
                 sockets.attach(self.devices.programs(), direction)?;
             }
-            for error in self.devices.replace(&network, direction) {
+            for error in self.devices.replace(&network, &facts, direction) {
                 warn!(error = chain(&error), "a program was not replaced");
                 is_complete = false;
             }
@@ -504,9 +632,12 @@ impl Task {
 fn port_record(attachment: Attachment, network: &Network) -> Option<DeviceRecord> {
     let Attachment::BridgePort(index) = attachment else { return None };
     // A bridge that is not known (yet) gets a record that matches no frame; its announcement brings the right one.
-    let mac = network.devices.get(&index).map_or([0; 6], |bridge| bridge.mac);
+    Some(device_record(index, network.devices.get(&index).map_or([0; 6], |bridge| bridge.mac)))
+}
+
+fn device_record(bridge: u32, mac: [u8; 6]) -> DeviceRecord {
     let word = |at: usize| u16::from_ne_bytes([mac[at], mac[at + 1]]);
-    Some(DeviceRecord { bridge: index, mac: [word(0), word(2), word(4)], reserved: 0 })
+    DeviceRecord { bridge, mac: [word(0), word(2), word(4)], reserved: 0 }
 }
 
 #[cfg(test)]
@@ -545,6 +676,7 @@ mod tests {
             is_loopback: false,
             controller: None,
             mac: [2, 1, 4, 3, 6, 5],
+            is_hardware: false,
         };
         network.devices.insert(9, bridge);
         let record = port_record(Attachment::BridgePort(9), &network).unwrap();
@@ -556,6 +688,7 @@ mod tests {
     #[test]
     fn pin_names_tell_namespace_and_device() {
         assert_eq!(parse_pin(Path::new("/x/links/tcx/1f-12-ingress")), Some((0x1f, 12)));
+        assert_eq!(parse_pin(Path::new("/x/links/xdp/1f-12")), Some((0x1f, 12)));
         assert_eq!(parse_pin(Path::new("/x/links/tcx/eth0")), None);
     }
 
@@ -566,6 +699,7 @@ mod tests {
         }
         assert_eq!(direction_of(Path::new("/x/1f-12-egress")), Direction::Reverse);
         assert_eq!(direction_of(Path::new("/x/1f-12-ingress")), Direction::Forward);
+        assert_eq!(direction_of(Path::new("/x/1f-12")), Direction::Forward);
     }
 
     #[test]

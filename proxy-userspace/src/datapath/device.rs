@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use clap::ValueEnum;
+
 /// What netlink says about a network device, as far as the decision needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
@@ -22,6 +24,8 @@ pub struct Device {
     pub controller: Option<Controller>,
     /// Hardware address, zero if it has none of six bytes.
     pub mac: [u8; 6],
+    /// IFLA_PARENT_DEV_NAME is there: it stands for a piece of hardware, or of virtual hardware.
+    pub is_hardware: bool,
 }
 
 /// The master of a device.
@@ -110,6 +114,20 @@ pub struct Choice {
     pub only: Vec<String>,
     /// `--exclude-devices`.
     pub except: Vec<String>,
+    /// `--xdp`.
+    pub xdp: Xdp,
+}
+
+/// `--xdp`: which devices run the XDP program before the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Xdp {
+    /// Ethernet hardware, where the driver has native XDP; other devices are passed over
+    Auto,
+    /// The same, and the device that carries the node's main address whatever it is; a refusal is a warning
+    Native,
+    /// None
+    #[default]
+    Off,
 }
 
 /// Decides which programs `device` gets.
@@ -138,6 +156,19 @@ pub fn decide_attachment(device: &Device, choice: &Choice) -> Result<Attachment,
         (Layer::Ip, _) => Ok(Attachment::Ip),
         (Layer::Other(number), _) => Err(Skip::LinkLayer(number)),
     }
+}
+
+/// True if `device` is to run the XDP program beside its pair. `is_uplink`: it carries the node's main address of a family.
+///
+/// Only uplinks: a frame that another device passes on was looked at where it came in. Slaves are left alone too, since the
+/// tcx programs that open flows run on their master.
+pub fn wants_xdp(device: &Device, choice: &Choice, is_uplink: bool) -> bool {
+    let is_chosen = match choice.xdp {
+        Xdp::Auto => device.is_hardware,
+        Xdp::Native => device.is_hardware || is_uplink,
+        Xdp::Off => false,
+    };
+    is_chosen && decide_attachment(device, choice) == Ok(Attachment::Ethernet)
 }
 
 fn choose(name: &str, choice: &Choice) -> Result<(), Skip> {
@@ -188,6 +219,7 @@ mod tests {
             is_loopback: false,
             controller: None,
             mac: [2, 0, 0, 0, 0, 1],
+            is_hardware: false,
         }
     }
 
@@ -241,12 +273,43 @@ mod tests {
 
     #[test]
     fn exclusion_wins_over_choice_and_never_reaches_loopback() {
-        let choice = Choice { only: vec!["eth*".into(), "lo".into()], except: vec!["eth1".into()] };
+        let choice =
+            Choice { only: vec!["eth*".into(), "lo".into()], except: vec!["eth1".into()], ..Choice::default() };
         assert_eq!(decide_attachment(&device("eth0", ""), &choice), Ok(Attachment::Ethernet));
         assert_eq!(decide_attachment(&device("eth1", ""), &choice), Err(Skip::Excluded));
         assert_eq!(decide_attachment(&device("cni0", "bridge"), &choice), Err(Skip::NotChosen));
         let lo = Device { is_loopback: true, ..device("lo", "") };
         assert_eq!(decide_attachment(&lo, &choice), Err(Skip::Loopback));
+    }
+
+    #[test]
+    fn xdp_runs_on_uplinks_as_far_as_the_operator_says() {
+        let nic = Device { is_hardware: true, ..device("eth0", "") };
+        let wants = |device: &Device, xdp, is_uplink| wants_xdp(device, &Choice { xdp, ..Choice::default() }, is_uplink);
+        for is_uplink in [false, true] {
+            assert!(wants(&nic, Xdp::Auto, is_uplink) && wants(&nic, Xdp::Native, is_uplink));
+            assert!(!wants(&nic, Xdp::Off, is_uplink));
+            assert!(!wants(&device("eth0", "veth"), Xdp::Auto, is_uplink));
+            assert_eq!(wants(&device("eth0", "veth"), Xdp::Native, is_uplink), is_uplink);
+            assert!(!wants(&device("eth0", "veth"), Xdp::Off, is_uplink));
+        }
+    }
+
+    #[test]
+    fn xdp_runs_on_no_device_that_the_ethernet_pair_is_not_on() {
+        let left_alone = [
+            Device { is_loopback: true, ..device("lo", "") },
+            Device { layer: Layer::Ip, ..device("tun0", "tun") },
+            enslaved("", "bond"),
+            enslaved("veth", "bridge"),
+            enslaved("", "vrf"),
+            device("excluded", ""),
+        ];
+        let choice = Choice { except: vec!["excluded".into()], xdp: Xdp::Native, ..Choice::default() };
+        for device in left_alone {
+            let device = Device { is_hardware: true, ..device };
+            assert!(!wants_xdp(&device, &choice, true), "{device:?}");
+        }
     }
 
     #[test]

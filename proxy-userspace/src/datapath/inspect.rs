@@ -32,7 +32,16 @@ pub struct Attached {
 
 /// Devices that have programs now.
 pub fn attached(pins: &Pins) -> Result<Vec<Attached>, pins::Error> {
-    let mut devices: Vec<_> = pins::list(&pins.tcx_links())?.iter().filter_map(|pin| attached_to(pin)).collect();
+    attached_by(&pins.tcx_links())
+}
+
+/// Devices that run the XDP program now.
+pub fn attached_xdp(pins: &Pins) -> Result<Vec<Attached>, pins::Error> {
+    attached_by(&pins.xdp_links())
+}
+
+fn attached_by(links: &Path) -> Result<Vec<Attached>, pins::Error> {
+    let mut devices: Vec<_> = pins::list(links)?.iter().filter_map(|pin| attached_to(pin)).collect();
     devices.sort();
     devices.dedup();
     Ok(devices)
@@ -41,7 +50,7 @@ pub fn attached(pins: &Pins) -> Result<Vec<Attached>, pins::Error> {
 fn attached_to(pin: &Path) -> Option<Attached> {
     let link = sys::open_pin(pin).ok()?;
     match sys::link_info(link.as_fd()).ok()?.target {
-        LinkTarget::Tcx(ifindex) if ifindex != 0 => Some(Attached { ifindex }),
+        LinkTarget::Tcx(ifindex) | LinkTarget::Xdp(ifindex) if ifindex != 0 => Some(Attached { ifindex }),
         _ => None,
     }
 }

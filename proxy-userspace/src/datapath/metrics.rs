@@ -60,6 +60,7 @@ impl Tables {
                 .filter_map(|(name, fd)| self.read_map(name, fd, &sweep).transpose())
                 .collect::<Result<_, _>>()?,
             devices: count(inspect::attached(&self.pins)),
+            xdp_devices: count(inspect::attached_xdp(&self.pins)),
             socket_hooks: count(pins::list(&self.pins.cgroup_links())),
             sweep,
         })
@@ -182,6 +183,7 @@ struct Reading {
     drops: Vec<u64>,
     maps: Vec<MapUse>,
     devices: Option<usize>,
+    xdp_devices: Option<usize>,
     socket_hooks: Option<usize>,
     sweep: sweep::Report,
 }
@@ -246,6 +248,7 @@ impl Reading {
             DropReason::ALL.iter().zip(&self.drops).map(|(reason, count)| ([("reason", reason.name())], *count));
         counters(encoder, "drops", "Packets and connections dropped or rejected, by reason", drops)?;
         gauge(encoder, "attached_devices", "Network devices with programs", self.devices)?;
+        gauge(encoder, "attached_xdp_devices", "Network devices that run the XDP program", self.xdp_devices)?;
         gauge(encoder, "attached_socket_hooks", "Socket hooks with programs", self.socket_hooks)
     }
 
@@ -317,6 +320,7 @@ mod tests {
             drops: vec![7; DropReason::ALL.len()],
             maps: vec![map("flows", Some(6), Some(800)), map("ports", None, None)],
             devices: Some(3),
+            xdp_devices: Some(1),
             socket_hooks: None,
             sweep: sweep::Report::default(),
         }
@@ -361,6 +365,7 @@ mod tests {
             assert!(!samples.iter().any(|line| line.starts_with(name)), "{name}\n{text}");
         }
         assert!(samples.contains(&"shunt_attached_devices 3"), "{text}");
+        assert!(samples.contains(&"shunt_attached_xdp_devices 1"), "{text}");
         assert!(!samples.iter().any(|line| line.starts_with("shunt_attached_socket_hooks")), "{text}");
     }
 

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use futures_util::{StreamExt, TryStreamExt};
 use imbl::{OrdMap, OrdSet};
+use proxy_common::addr::Addr;
 use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
@@ -17,6 +18,7 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use super::device::{Controller, Device, Layer};
+use crate::model::PrimaryAddresses;
 
 /// Why the network cannot be followed (any more).
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +57,13 @@ pub struct Network {
 }
 
 impl Network {
+    /// True if one of `addrs` is bound to the device.
+    pub fn is_bound(&self, addrs: &PrimaryAddresses, device: u32) -> bool {
+        let of_device = self.bindings.iter().filter(|binding| binding.device == device);
+        let mut addresses = of_device.map(|binding| Some(Addr::from(binding.addr)));
+        addresses.any(|addr| addr == addrs.v4 || addr == addrs.v6)
+    }
+
     /// Takes over one announcement; false if the kernel says that it had to drop some.
     fn apply(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) -> bool {
         let message = match message.payload {
@@ -103,12 +112,14 @@ fn parse_device(link: &LinkMessage) -> Device {
         is_loopback: link.header.flags.contains(LinkFlags::Loopback),
         controller: None,
         mac: [0; 6],
+        is_hardware: false,
     };
     let (mut controller, mut port_kind) = (None, String::new());
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(name) => device.name.clone_from(name),
             LinkAttribute::Address(mac) => device.mac = mac.as_slice().try_into().unwrap_or_default(),
+            LinkAttribute::ParentDevName(_) => device.is_hardware = true,
             LinkAttribute::Controller(index) => controller = Some(*index).filter(|&index| index != 0),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {

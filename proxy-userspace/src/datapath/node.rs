@@ -210,6 +210,7 @@ mod tests {
             is_loopback: name == "lo",
             controller: None,
             mac: [0; 6],
+            is_hardware: false,
         }
     }
 

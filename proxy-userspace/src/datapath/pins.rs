@@ -5,6 +5,7 @@
 //!   v1/MAP                every map, by name; the layout version is part of the path
 //!   links/cgroup/PROGRAM
 //!   links/tcx/COOKIE-IFINDEX-HOOK    COOKIE: network namespace
+//!   links/xdp/COOKIE-IFINDEX
 //!   continuations/ID      programs in which others go on, by map id: one map for each load of the programs
 //!   notes/NOTE            what cleanup has to undo besides
 //! ```
@@ -99,10 +100,15 @@ impl Pins {
         self.base.join("links/tcx")
     }
 
+    /// Directory of the links to devices that run the XDP program.
+    pub fn xdp_links(&self) -> PathBuf {
+        self.base.join("links/xdp")
+    }
+
     /// Makes the directories, on a BPF file system, mounting one if there is none.
     pub fn prepare(&self) -> Result<(), Error> {
         self.ensure_bpffs()?;
-        for directory in [self.maps(), self.cgroup_links(), self.tcx_links(), self.continuations()] {
+        for directory in [self.maps(), self.cgroup_links(), self.tcx_links(), self.xdp_links(), self.continuations()] {
             create_directory(&directory)?;
         }
         Ok(())
@@ -141,7 +147,7 @@ impl Pins {
 
     /// Removes the directories that this type made, and the mount if it was ours. Fails while anything else is there.
     pub fn remove_directories(&self) -> Result<(), Error> {
-        for directory in ["links/cgroup", "links/tcx", "links", "continuations"] {
+        for directory in ["links/cgroup", "links/tcx", "links/xdp", "links", "continuations"] {
             remove_directory(&self.base.join(directory))?;
         }
         // Files are the kernel's own (`maps.debug`, `progs.debug` in the root of the file system); all that we make here are

@@ -65,6 +65,8 @@ pub enum Place {
 
 const BPF_F_BEFORE: u32 = 1 << 3;
 const BPF_F_AFTER: u32 = 1 << 4;
+/// linux/if_link.h
+const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
 const BPF_LINK_TYPE_XDP: u32 = 6;
 const BPF_LINK_TYPE_TCX: u32 = 11;
@@ -263,6 +265,19 @@ pub fn link_tcx(program: BorrowedFd<'_>, ifindex: u32, hook: bpf_attach_type, pl
         target: ifindex,
         attach_type: hook as u32,
         flags,
+        ..Default::default()
+    };
+    // SAFETY: no pointers; the command returns a descriptor.
+    unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+}
+
+/// Attaches an XDP program to a device of the calling thread's network namespace, in its driver or not at all.
+pub fn link_xdp(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        program: raw(program),
+        target: ifindex,
+        attach_type: bpf_attach_type::BPF_XDP as u32,
+        flags: XDP_FLAGS_DRV_MODE,
         ..Default::default()
     };
     // SAFETY: no pointers; the command returns a descriptor.

@@ -1,8 +1,10 @@
 //! The admin socket: whoever connects gets the agent's status as one JSON object, and the connection ends.
 //!
-//! Only what the tables cannot tell: what was refused, what services do not get, which sources have not listed.
+//! Only what the tables and links cannot tell: what was refused, what services do not get, which sources have not listed,
+//! which devices refuse XDP.
 //! May touch: its socket.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -16,6 +18,7 @@ use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tracing::debug;
 
+use crate::datapath::attach::XdpRefusal;
 use crate::datapath::reconcile::Status;
 use crate::planner::Subject;
 
@@ -51,6 +54,9 @@ pub struct Report {
     pub refused: Vec<Trouble>,
     /// What services ask for and do not get.
     pub problems: Vec<Trouble>,
+    /// Devices that refuse the XDP program.
+    #[serde(default)]
+    pub xdp_refused: Vec<Trouble>,
 }
 
 /// Something that is not as it should be.
@@ -62,8 +68,11 @@ pub struct Trouble {
     pub message: String,
 }
 
-impl From<&Status> for Report {
-    fn from(status: &Status) -> Self {
+/// Devices that refuse the XDP program, by interface index.
+type XdpRefusals = BTreeMap<u32, XdpRefusal>;
+
+impl Report {
+    fn new(status: &Status, xdp_refused: &XdpRefusals) -> Self {
         let refused = status.failures.iter().map(|failure| Trouble {
             subject: subject_text(&failure.subject),
             message: format!("{} (tried {} times, {} changes wait)", failure.error, failure.attempts, failure.waiting),
@@ -76,6 +85,10 @@ impl From<&Status> for Report {
             pending_sources: status.pending.iter().map(ToString::to_string).collect(),
             refused: refused.collect(),
             problems: problems.collect(),
+            xdp_refused: xdp_refused
+                .values()
+                .map(|refusal| Trouble { subject: refusal.device.clone(), message: refusal.reason.clone() })
+                .collect(),
         }
     }
 }
@@ -89,12 +102,16 @@ fn subject_text(subject: &Subject) -> String {
 }
 
 /// Listens for ever. A socket that an earlier agent left is replaced: the lock on the pins says that it is dead.
-pub async fn serve(path: PathBuf, status: watch::Receiver<Arc<Status>>) -> Result<(), Error> {
+pub async fn serve(
+    path: PathBuf,
+    status: watch::Receiver<Arc<Status>>,
+    xdp_refused: watch::Receiver<XdpRefusals>,
+) -> Result<(), Error> {
     let listener = listen(&path).map_err(|source| Error::Listen { path: path.clone(), source })?;
     loop {
         let (mut connection, _) =
             listener.accept().await.map_err(|source| Error::Listen { path: path.clone(), source })?;
-        let report = Report::from(&**status.borrow());
+        let report = Report::new(&status.borrow(), &xdp_refused.borrow());
         let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
         let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
@@ -138,7 +155,9 @@ mod tests {
         let directory = std::env::temp_dir().join(format!("shunt-admin-{}", std::process::id()));
         let path = directory.join("agent.sock");
         let (sender, status) = watch::channel(Arc::new(Status::default()));
-        let server = tokio::spawn(serve(path.clone(), status));
+        let refusal = XdpRefusal { device: "eth0".into(), reason: "busy".into() };
+        let (_refused, refused) = watch::channel(XdpRefusals::from([(2, refusal)]));
+        let server = tokio::spawn(serve(path.clone(), status, refused));
         let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
         sender.send_replace(Arc::new(Status {
             is_ready: true,
@@ -154,6 +173,7 @@ mod tests {
         assert!(report.ready);
         assert_eq!(report.pending_sources, ["manifests"]);
         assert_eq!(report.refused[0].message, "full (tried 2 times, 3 changes wait)");
+        assert_eq!(report.xdp_refused, [Trouble { subject: "eth0".into(), message: "busy".into() }]);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         server.abort();
         std::fs::remove_dir_all(directory).unwrap();

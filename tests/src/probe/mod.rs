@@ -25,7 +25,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use client::{tcp_blocking, tcp_once};
-pub use protocol::{Failure, Stage};
+pub use protocol::{Failure, Stage, pattern};
 pub use udp::udp_once;
 
 /// How long a connect, a read or a write may take before it counts as failed.
