@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use proxy_common::abi::device::DeviceRecord;
 use proxy_common::verdict::DropReason;
 use shunt_tests::nat::{Bridge, Expected, Facts, Hook, Nat, Set, Spot, check_answer};
 use shunt_tests::netns::Netns;
@@ -84,11 +85,16 @@ impl Lab {
         Self::build(Plan::default(), world::facts())
     }
 
-    /// The same, and its uplink runs the XDP program.
+    /// The same, and its uplink is hardware that runs the XDP program.
     pub fn with_xdp() -> Self {
+        Self::with_xdp_flags(DeviceRecord::SENDS)
+    }
+
+    /// The same, with flags of the uplink's [`DeviceRecord`].
+    pub fn with_xdp_flags(flags: u16) -> Self {
         let mut lab = Self::new();
         let (index, mac) = lab.devices[&0];
-        tables::put_device(&lab.datapath.maps, index, 0, mac);
+        tables::put_device(&lab.datapath.maps, index, 0, mac, flags);
         lab.has_xdp = true;
         lab
     }
@@ -101,7 +107,7 @@ impl Lab {
         let node = lab.cluster.nodes[0].place.ns().clone();
         let (index, mac) = identity(&node, "cni0");
         for number in 1..=2 {
-            tables::put_device(&lab.datapath.maps, lab.devices[&number].0, index, mac);
+            tables::put_device(&lab.datapath.maps, lab.devices[&number].0, index, mac, 0);
         }
         lab.bridge = Some(mac);
         let neighbours = resolved.iter().flat_map(|number| lab.resolve(*number)).collect();

@@ -136,11 +136,11 @@ impl Tables {
     }
 }
 
-/// Makes a device known as a port of a bridge, or (bridge 0) as one that runs XDP.
-pub fn put_device(maps: &MapFds, ifindex: u32, bridge: u32, mac: [u8; 6]) {
+/// Makes a device known as a port of a bridge, or (bridge 0) as one that runs XDP; flags of [`DeviceRecord`].
+pub fn put_device(maps: &MapFds, ifindex: u32, bridge: u32, mac: [u8; 6], flags: u16) {
     let [a, b, c, d, e, f] = mac;
     let mac = [[a, b], [c, d], [e, f]].map(u16::from_ne_bytes);
-    put(maps, "devices", &ifindex, &DeviceRecord { bridge, mac, reserved: 0 });
+    put(maps, "devices", &ifindex, &DeviceRecord { bridge, mac, flags });
 }
 
 /// Makes a device unknown.

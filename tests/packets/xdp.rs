@@ -218,6 +218,23 @@ fn connections_that_nobody_serves_are_reset_and_datagrams_pass() {
     assert_eq!((lab.drops["no_endpoint"], lab.drops["unknown_port"]), (3 * each, each));
 }
 
+/// What is sent by a device that is no hardware may not arrive: the hook behind answers.
+#[test]
+fn resets_are_left_to_ingress_where_xdp_cannot_send() {
+    let mut lab = Lab::with_xdp_flags(0);
+    for family in Family::ALL {
+        let client = world::outside(1).port(family, 4000);
+        let opening = lab.opening(Proto::Tcp, client, Name::Empty.vip().port(family, world::PORT));
+        assert_eq!(enter(&mut lab, &opening), (None, PASSED));
+        let unallocated = lab.opening(Proto::Tcp, client, SERVICES.host(999).port(family, world::PORT));
+        assert_eq!(enter(&mut lab, &unallocated), (None, REFUSED), "no answer is needed to that");
+        let frontend = Name::Local.vip().port(family, world::PORT);
+        lab.converse(Proto::Tcp, client, frontend);
+        let more = lab.confirming(Proto::Tcp, client, frontend);
+        assert_eq!(enter(&mut lab, &more).1, TRANSLATED);
+    }
+}
+
 #[test]
 fn a_beginning_with_data_or_padding_is_answered_with_the_right_number() {
     let lab = Lab::with_xdp();

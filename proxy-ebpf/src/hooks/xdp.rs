@@ -1,12 +1,16 @@
 //! The XDP program `uplink`: what can be told before the kernel has made a packet of a frame.
 //!
-//! It drops what goes to unallocated service addresses, resets connections that nobody can serve, and sends the segments of
-//! established TCP connections to their backends; then the stack goes on, and the tcx programs of the same device find
+//! It drops what goes to unallocated service addresses, resets connections that nobody can serve (on hardware), and sends the
+//! segments of established TCP connections to their backends; then the stack goes on, and the tcx programs of the same device find
 //! nothing left to do. What they would touch again after a translation is left to them whole (`packet::is_final`), and so is
 //! everything that opens, promotes or ends a flow, and all UDP (each datagram may open a flow).
 //!
 //! A device in promiscuous mode brings frames to other hosts; the kernel has not sorted them out yet. They pass: the
 //! program acts on frames to the MAC address that the agent has noted for the device, and on none if it has noted none.
+//!
+//! Answers leave by the device they came by. On a veth pair such a frame waits in the far end's ring until something else
+//! wakes that end, unless it runs XDP itself (`veth_xdp_flush`; seen with Linux 6.18): a reset that comes too late. So the
+//! agent says where answers may be sent, and elsewhere the tcx program gives them.
 //!
 //! The program takes frames of several buffers, so that a large MTU is no obstacle to it.
 
@@ -18,6 +22,7 @@ use crate::tables::{self, Env};
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
+use proxy_common::abi::device::DeviceRecord;
 use proxy_common::abi::flow::{FlowKey, FlowRef};
 use proxy_common::addr::Proto;
 use proxy_common::lb::flow::Seconds;
@@ -54,29 +59,29 @@ pub fn uplink(ctx: XdpContext) -> u32 {
     let frame = Frame(ctx.ctx);
     let Some(parsed) = wire::parse_ethernet::<_, false>(&frame) else { return XDP_PASS };
     let env = Env { ctx: frame };
-    match packet::ingress_known(&env, &parsed) {
-        Some(Verdict::Pass) => XDP_PASS,
-        _ if !goes_to_device(&frame) => XDP_PASS,
+    let verdict = packet::ingress_known(&env, &parsed);
+    if verdict == Some(Verdict::Pass) {
+        return XDP_PASS;
+    }
+    let Some(device) = receiver(&frame) else { return XDP_PASS };
+    match verdict {
         Some(Verdict::Refuse(reason, refusal)) => refuse(frame, &parsed, reason, refusal),
         _ if parsed.tuple.proto != Proto::TCP => XDP_PASS,
         Some(Verdict::Rewrite(change)) if packet::is_final(&env, &parsed, &change) => translate(frame, &parsed, &change),
-        Some(Verdict::Rewrite(_)) => XDP_PASS,
-        None => match packet::refusal(&env, &parsed) {
+        None if device.has(DeviceRecord::SENDS) => match packet::refusal(&env, &parsed) {
             Some((reason, refusal)) => refuse(frame, &parsed, reason, refusal),
             None => XDP_PASS,
         },
+        _ => XDP_PASS,
     }
 }
 
-/// True if the frame is for the device itself, as far as its MAC address is known.
+/// The device that the frame came by, if the frame is for itself, as far as its MAC address is known.
 #[inline(always)]
-fn goes_to_device(frame: &Frame) -> bool {
+fn receiver(frame: &Frame) -> Option<DeviceRecord> {
     // SAFETY: plain words; the agent replaces elements as a whole.
-    let Some(device) = (unsafe { maps::devices.get(frame.ifindex()) }) else { return false };
-    match frame.load::<header::Ethernet>(0) {
-        Some(ethernet) => ethernet.destination == device.mac,
-        None => false,
-    }
+    let device = *unsafe { maps::devices.get(frame.ifindex()) }?;
+    if frame.load::<header::Ethernet>(0)?.destination == device.mac { Some(device) } else { None }
 }
 
 #[inline(always)]

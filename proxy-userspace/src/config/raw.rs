@@ -104,16 +104,16 @@ pub struct AgentFlags {
 
     /// Which devices also run a program before the kernel makes a packet of a frame
     ///
-    /// It drops what goes to unallocated service addresses, resets connections to services without endpoints, and
-    /// translates the segments of established TCP connections; everything else, and all of it where the program does not
-    /// run, is done by the programs behind it. It is attached in the driver, never by the kernel's generic mode. A device that
+    /// It drops what goes to unallocated service addresses, translates the segments of established TCP connections, and, on
+    /// hardware, resets connections to services without endpoints; everything else, and all of it where the program does
+    /// not run, is done by the programs behind it. It is attached in the driver, never by the kernel's generic mode. A device that
     /// refuses it, or that runs another XDP program, is left as it is; `shunt status` names it.
     ///
     /// Off by default: many drivers reset their queues when an XDP program comes or goes, and switch off offloads that merge
     /// segments (LRO, hardware GRO), which costs bulk traffic more than the program saves.
     ///
-    /// veth: give the far end `ethtool -K DEV tx off gro on`. Checksums that are left to the device are not known to XDP, and
-    /// resets are delivered to a far end with GRO only.
+    /// A veth or tap as uplink (`native`): the far end must complete checksums itself (`ethtool -K DEV tx off`). XDP cannot know
+    /// that a checksum is left to the device; a translated packet would leave this node with a wrong one.
     #[arg(long, value_enum, default_value_t, help_heading = "Datapath")]
     pub xdp: Xdp,
 

@@ -377,7 +377,7 @@ impl DeviceLinks {
         };
         self.skipped.remove(&device.index);
         let is_asked_for_xdp = self.wants_xdp(device, network, facts);
-        let own = is_asked_for_xdp.then(|| device_record(0, device.mac));
+        let own = is_asked_for_xdp.then(|| own_record(device));
         let record = port_record(attachment, network).or(own);
         let wanted = Attached { attachment, record, is_asked_for_xdp };
         if self.attached.get(&device.index) == Some(&wanted) {
@@ -413,12 +413,15 @@ impl DeviceLinks {
     /// Attaches the XDP program, or notes that the device refuses it.
     fn attach_xdp(&mut self, device: &Device) -> Result<(), Error> {
         match self.ensure_xdp(device) {
-            Ok(()) => info!(device = device.name, "XDP program attached"),
+            Ok(()) => {
+                self.forget_refusal(device.index);
+                info!(device = device.name, "XDP program attached");
+            }
             Err(Error::Link { source, .. }) if is_gone(&source) => {}
             Err(Error::Link { action: ATTACH, source, .. }) => {
-                // What is pinned in its name is another device's.
-                self.release_xdp(device.index)?;
                 self.note_refusal(device, &source);
+                // What is pinned in its name is another device's.
+                self.unpin_xdp(device.index)?;
             }
             Err(error) => return Err(error),
         }
@@ -435,18 +438,29 @@ impl DeviceLinks {
         wanted.ensure(|| sys::link_xdp(wanted.program, device.index), || device.name.clone())
     }
 
+    /// Notes and tells that a device refuses XDP, unless that is known.
     fn note_refusal(&self, device: &Device, error: &io::Error) {
-        let reason = xdp_refusal(error);
-        match self.choice.xdp {
-            Xdp::Native => warn!(device = device.name, reason, "device does not run XDP"),
-            Xdp::Auto | Xdp::Off => info!(device = device.name, reason, "device does not run XDP"),
+        let refusal = XdpRefusal { device: device.name.clone(), reason: xdp_refusal(error) };
+        if self.refused.borrow().get(&device.index) == Some(&refusal) {
+            return;
         }
-        let refusal = XdpRefusal { device: device.name.clone(), reason };
+        match self.choice.xdp {
+            Xdp::Native => warn!(device = device.name, reason = refusal.reason, "device does not run XDP"),
+            Xdp::Auto | Xdp::Off => info!(device = device.name, reason = refusal.reason, "device does not run XDP"),
+        }
         self.refused.send_modify(|refused| drop(refused.insert(device.index, refusal)));
     }
 
-    fn release_xdp(&self, index: u32) -> Result<(), Error> {
+    fn forget_refusal(&self, index: u32) {
         self.refused.send_if_modified(|refused| refused.remove(&index).is_some());
+    }
+
+    fn release_xdp(&self, index: u32) -> Result<(), Error> {
+        self.forget_refusal(index);
+        self.unpin_xdp(index)
+    }
+
+    fn unpin_xdp(&self, index: u32) -> Result<(), Error> {
         let pin = self.xdp_pin(index);
         if pin.exists() {
             detach(&pin)?;
@@ -490,7 +504,7 @@ impl DeviceLinks {
         self.skipped.retain(|index| network.devices.contains_key(index));
         self.refused.send_if_modified(|refused| {
             let before = refused.len();
-            refused.retain(|index, _| self.attached.contains_key(index));
+            refused.retain(|index, _| network.devices.contains_key(index));
             refused.len() != before
         });
         let links = [pins::list(&self.pins.xdp_links())?, pins::list(&self.pins.tcx_links())?];
@@ -632,12 +646,18 @@ impl Task {
 fn port_record(attachment: Attachment, network: &Network) -> Option<DeviceRecord> {
     let Attachment::BridgePort(index) = attachment else { return None };
     // A bridge that is not known (yet) gets a record that matches no frame; its announcement brings the right one.
-    Some(device_record(index, network.devices.get(&index).map_or([0; 6], |bridge| bridge.mac)))
+    Some(device_record(index, network.devices.get(&index).map_or([0; 6], |bridge| bridge.mac), 0))
 }
 
-fn device_record(bridge: u32, mac: [u8; 6]) -> DeviceRecord {
+/// What the XDP program must know about its device.
+fn own_record(device: &Device) -> DeviceRecord {
+    // The far end of a veth pair takes what XDP sends only if it runs XDP too, and nobody here can tell.
+    device_record(0, device.mac, if device.is_hardware { DeviceRecord::SENDS } else { 0 })
+}
+
+fn device_record(bridge: u32, mac: [u8; 6], flags: u16) -> DeviceRecord {
     let word = |at: usize| u16::from_ne_bytes([mac[at], mac[at + 1]]);
-    DeviceRecord { bridge, mac: [word(0), word(2), word(4)], reserved: 0 }
+    DeviceRecord { bridge, mac: [word(0), word(2), word(4)], flags }
 }
 
 #[cfg(test)]
@@ -683,6 +703,38 @@ mod tests {
         let bytes: Vec<u8> = record.mac.iter().flat_map(|word| word.to_ne_bytes()).collect();
         assert_eq!((record.bridge, bytes.as_slice()), (9, &[2, 1, 4, 3, 6, 5][..]));
         assert_eq!(port_record(Attachment::Ethernet, &network), None);
+    }
+
+    #[test]
+    fn only_hardware_is_said_to_send_what_xdp_answers() {
+        let device = |is_hardware| Device {
+            index: 2,
+            name: "eth0".into(),
+            kind: String::new(),
+            layer: super::super::device::Layer::Ethernet,
+            is_loopback: false,
+            controller: None,
+            mac: [2, 1, 4, 3, 6, 5],
+            is_hardware,
+        };
+        let [veth, nic] = [false, true].map(|is_hardware| own_record(&device(is_hardware)));
+        assert_eq!((veth.bridge, veth.mac), (0, nic.mac));
+        assert!(nic.has(DeviceRecord::SENDS) && !veth.has(DeviceRecord::SENDS));
+    }
+
+    #[test]
+    fn refusals_are_told_in_words() {
+        let words = |number| xdp_refusal(&io::Error::from_raw_os_error(number));
+        for (number, part) in [
+            (libc::EOPNOTSUPP, "no native XDP"),
+            (libc::EINVAL, "as the device is set up"),
+            (libc::EBUSY, "another XDP program"),
+            (libc::EEXIST, "another XDP program"),
+            (libc::ERANGE, "MTU"),
+            (libc::ENOMEM, "memory"),
+        ] {
+            assert!(words(number).contains(part), "{}", words(number));
+        }
     }
 
     #[test]

@@ -23,6 +23,13 @@
 //! | [`maps`] | the tables as the reconciler writes them |
 //!
 //! No other part of the agent touches a map, a program or a link. Desired state comes in, status goes out.
+//!
+//! XDP comes before the tcx programs of an uplink, and never instead of them: what it passes, and every device without it, is
+//! served by tcx alone. It is off unless asked for. Attaching it makes many drivers reset their queues, and switches off LRO
+//! and hardware GRO, which a node with mostly bulk traffic would miss; and no measurement on hardware says yet what it gains.
+//! `auto` takes hardware only, `native` also a veth or tap that carries the node's main address; neither falls back to the
+//! kernel's generic mode, in which segmented senders crawl. On a veth, resets are left to tcx (see `uplink` in the eBPF
+//! crate), and partial checksums are the user's affair.
 pub mod attach;
 pub mod backlog;
 pub mod backoff;
