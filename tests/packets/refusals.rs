@@ -119,11 +119,8 @@ fn answers_hold_for_options_and_extension_headers() {
 fn a_padded_segment_is_answered_as_if_it_were_not() {
     let lab = Lab::new();
     for family in Family::ALL {
-        let opening = lab.opening(
-            Proto::Tcp,
-            world::outside(1).port(family, 4000),
-            Name::Empty.vip().port(family, world::PORT),
-        );
+        let opening =
+            lab.opening(Proto::Tcp, world::outside(1).port(family, 4000), Name::Empty.vip().port(family, world::PORT));
         let padded = [opening.to_bytes(), vec![0; 6]].concat();
         let Outcome::Answered(answer) = lab.run_bytes(Hook::Ingress, Device::Eth0, &padded) else {
             panic!("it is not answered")

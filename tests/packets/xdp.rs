@@ -162,10 +162,8 @@ fn a_connection_beside_a_direct_one_with_its_ends_is_left_to_ingress() {
     let mut lab = Lab::with_xdp();
     for family in Family::ALL {
         let client = world::outside(1).port(family, 4000);
-        let (frontend, backend) = (
-            Name::Local.vip().port(family, world::PORT),
-            world::pod(1).port(family, world::TARGET),
-        );
+        let (frontend, backend) =
+            (Name::Local.vip().port(family, world::PORT), world::pod(1).port(family, world::TARGET));
         let through = lab.converse(Proto::Tcp, client, frontend);
         let more = lab.confirming(Proto::Tcp, client, frontend);
         assert_eq!(enter(&mut lab, &more).1, TRANSLATED);
@@ -266,8 +264,7 @@ fn segments_of_no_connection_are_left_to_who_can_ask_the_kernel() {
     let mut lab = Lab::with_xdp();
     for family in Family::ALL {
         for to in [Name::Local.cluster_ip(), Name::Empty.cluster_ip(), Name::Local.vip()] {
-            let packet =
-                lab.following(Proto::Tcp, world::outside(1).port(family, 4000), to.port(family, world::PORT));
+            let packet = lab.following(Proto::Tcp, world::outside(1).port(family, 4000), to.port(family, world::PORT));
             assert_eq!(enter(&mut lab, &packet).1, PASSED);
         }
     }
@@ -300,7 +297,8 @@ fn frames_for_others_and_for_many_pass() {
 #[test]
 fn a_device_without_a_record_is_left_alone() {
     let mut lab = Lab::with_xdp();
-    let (client, frontend) = (world::outside(1).port(Family::V4, 4000), Name::Local.vip().port(Family::V4, world::PORT));
+    let (client, frontend) =
+        (world::outside(1).port(Family::V4, 4000), Name::Local.vip().port(Family::V4, world::PORT));
     lab.converse(Proto::Tcp, client, frontend);
     lab.forget_uplink();
     let more = lab.confirming(Proto::Tcp, client, frontend);

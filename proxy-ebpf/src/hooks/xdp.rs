@@ -67,7 +67,9 @@ pub fn uplink(ctx: XdpContext) -> u32 {
     match verdict {
         Some(Verdict::Refuse(reason, refusal)) => refuse(frame, &parsed, reason, refusal),
         _ if parsed.tuple.proto != Proto::TCP => XDP_PASS,
-        Some(Verdict::Rewrite(change)) if packet::is_final(&env, &parsed, &change) => translate(frame, &parsed, &change),
+        Some(Verdict::Rewrite(change)) if packet::is_final(&env, &parsed, &change) => {
+            translate(frame, &parsed, &change)
+        }
         None if device.has(DeviceRecord::SENDS) => match packet::refusal(&env, &parsed) {
             Some((reason, refusal)) => refuse(frame, &parsed, reason, refusal),
             None => XDP_PASS,

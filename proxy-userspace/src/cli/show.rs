@@ -125,7 +125,8 @@ fn report_lines(report: &Report) -> Vec<String> {
         report.refused.iter().map(|trouble| format!("refused       {}: {}", trouble.subject, trouble.message));
     let problems =
         report.problems.iter().map(|trouble| format!("problem       {}: {}", trouble.subject, trouble.message));
-    let xdp = report.xdp_refused.iter().map(|trouble| format!("no XDP        {}: {}", trouble.subject, trouble.message));
+    let xdp =
+        report.xdp_refused.iter().map(|trouble| format!("no XDP        {}: {}", trouble.subject, trouble.message));
     pending.chain(refused).chain(problems).chain(xdp).collect()
 }
 

@@ -285,7 +285,8 @@ mod tests {
     #[test]
     fn xdp_runs_on_uplinks_as_far_as_the_operator_says() {
         let nic = Device { is_hardware: true, ..device("eth0", "") };
-        let wants = |device: &Device, xdp, is_uplink| wants_xdp(device, &Choice { xdp, ..Choice::default() }, is_uplink);
+        let wants =
+            |device: &Device, xdp, is_uplink| wants_xdp(device, &Choice { xdp, ..Choice::default() }, is_uplink);
         for is_uplink in [false, true] {
             assert!(wants(&nic, Xdp::Auto, is_uplink) && wants(&nic, Xdp::Native, is_uplink));
             assert!(!wants(&nic, Xdp::Off, is_uplink));
