@@ -23,6 +23,7 @@ extern crate std;
 
 pub mod abi;
 pub mod addr;
+pub mod continuation;
 pub mod lb;
 pub mod tables;
 pub mod verdict;

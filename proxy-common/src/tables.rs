@@ -10,7 +10,7 @@ use crate::abi::fragment::{FragmentKey, FragmentValue};
 use crate::abi::frontend::{FrontendKey, FrontendValue};
 use crate::abi::service::{Range, Slot};
 use crate::addr::{Addr, Port};
-use crate::lb::flow::Seconds;
+use crate::lb::flow::{Nanos, Seconds};
 use crate::lb::tuple::Tuple;
 use crate::verdict::DropReason;
 
@@ -87,6 +87,8 @@ pub trait Flows: Lookups {
     /// Calls `found` with 0, 1, 2 … below `tries` until it answers true; answers whether it did.
     fn search<F: FnMut(u32) -> bool>(&self, tries: u32, found: F) -> bool;
 
+    /// The clock, finer.
+    fn nanos(&self) -> Nanos;
     /// The address this node would use as source towards `dst`, asked for a packet from `src`.
     fn source_towards(&self, src: &Addr, dst: &Addr) -> Option<Addr>;
     /// Where `dst` is, seen from the bridge that this packet's device is a port of.

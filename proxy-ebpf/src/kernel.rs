@@ -11,7 +11,7 @@ use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_tcp, bpf_sk_loo
 use proxy_common::abi::flow::{FlowKey, FlowRef, FlowValue};
 use proxy_common::abi::fragment::{FragmentKey, FragmentValue};
 use proxy_common::addr::{Addr, Proto};
-use proxy_common::lb::flow::Seconds;
+use proxy_common::lb::flow::{Nanos, Seconds};
 use proxy_common::lb::tuple::Tuple;
 use proxy_common::tables::{Flows, Lookups, Neighbour, Tracked};
 
@@ -201,6 +201,11 @@ impl Flows for Env<Device> {
     #[inline(always)]
     fn search<F: FnMut(u32) -> bool>(&self, tries: u32, found: F) -> bool {
         tables::search(tries, found)
+    }
+
+    #[inline(always)]
+    fn nanos(&self) -> Nanos {
+        tables::nanos()
     }
 
     #[inline(always)]

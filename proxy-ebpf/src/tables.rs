@@ -12,7 +12,7 @@ use proxy_common::abi::flow::{FlowKey, FlowRef, FlowValue};
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{Range, Slot};
 use proxy_common::addr::{Addr, Port};
-use proxy_common::lb::flow::Seconds;
+use proxy_common::lb::flow::{Nanos, Seconds};
 use proxy_common::tables::{Event, Tables};
 use proxy_common::verdict::DropReason;
 
@@ -25,8 +25,14 @@ pub struct Env<C> {
 /// The clock: CLOCK_MONOTONIC_COARSE.
 #[inline(always)]
 pub fn now() -> Seconds {
+    Seconds::from_nanos(nanos().0)
+}
+
+/// The clock, finer.
+#[inline(always)]
+pub fn nanos() -> Nanos {
     // SAFETY: no arguments.
-    Seconds::from_nanos(unsafe { bpf_ktime_get_coarse_ns() })
+    Nanos(unsafe { bpf_ktime_get_coarse_ns() })
 }
 
 /// Sets bits in a word shared with other CPUs.

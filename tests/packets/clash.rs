@@ -45,17 +45,60 @@ fn a_backend_that_knows_the_ends_from_elsewhere_makes_the_next_attempt_avoid_the
         let (client, frontend) = (world::pod(2).port(family, 4000), Name::Local.cluster_ip().port(family, world::PORT));
         // The backend has a connection with the client's port already, made before there were hooks.
         let seen = lab.open(Proto::Tcp, client, frontend);
-        let mut challenge = lab.following(Proto::Tcp, seen.dst(), seen.src());
-        tcp(&mut challenge).flags = flag::ACK;
-        assert_eq!(
-            lab.through(&challenge).map(|packet| packet.src()),
-            Some(seen.dst()),
-            "it is the other connection's"
-        );
+        let from = |lab: &mut Lab, packet: &Packet| lab.through(packet).map(|packet| packet.src());
+        let data = lab.following(Proto::Tcp, seen.dst(), seen.src());
+        assert_eq!(from(&mut lab, &data), Some(seen.dst()), "it is the other connection's");
+        let challenge = challenge(&lab, &seen);
+        assert_eq!(from(&mut lab, &challenge), Some(frontend), "the client sends again at once");
+        let reset = Packet::tcp(lab.link(Device::Pod(2)), client, frontend, flag::RST);
+        assert_eq!(lab.through(&reset), None, "the other connection lives on");
+        assert_eq!(from(&mut lab, &challenge), Some(seen.dst()), "once is enough");
         let again = lab.open(Proto::Tcp, client, frontend);
         assert_ne!(again.src(), client);
         let answer = lab.answer(Proto::Tcp, &again);
         assert_eq!(lab.through(&answer).map(|packet| packet.dst()), Some(client));
+    }
+}
+
+/// What a backend says to `syn` that has the ends of another connection.
+fn challenge(lab: &Lab, syn: &Packet) -> Packet {
+    let mut challenge = lab.following(Proto::Tcp, syn.dst(), syn.src());
+    (tcp(&mut challenge).flags, tcp(&mut challenge).data) = (flag::ACK, vec![]);
+    challenge
+}
+
+#[test]
+fn a_remote_backend_that_knows_the_ends_from_elsewhere_is_asked_again_by_another_port() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        let (client, frontend) =
+            (world::outside(1).port(family, 40_000), Name::Remote.vip().port(family, world::PORT));
+        let seen = lab.open(Proto::Tcp, client, frontend);
+        let challenge = challenge(&lab, &seen);
+        assert_eq!(lab.through(&challenge).map(|packet| packet.dst()), Some(client), "the client sends again at once");
+        let reset = Packet::tcp(lab.link(Device::Eth0), client, frontend, flag::RST);
+        assert_eq!(lab.through(&reset), None, "the other connection lives on");
+        let for_us = |packet: &Packet| Some(packet.clone());
+        let mut foreign = lab.answer(Proto::Tcp, &seen);
+        tcp(&mut foreign).ack = 0x7000_0000;
+        for packet in [&challenge, &foreign] {
+            assert_eq!(lab.step(Hook::Ingress, Device::Eth0, packet), for_us(packet), "the rest is the stack's affair");
+        }
+        lab.converse(Proto::Tcp, client, frontend);
+    }
+}
+
+#[test]
+fn a_connection_gets_the_answer_to_its_own_syn_alone() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        let (client, frontend) = (world::pod(2).port(family, 4000), Name::Local.cluster_ip().port(family, world::PORT));
+        // The SYN-ACK of a direct connection that was begun right before from the same port.
+        let seen = lab.open(Proto::Tcp, client, frontend);
+        let mut foreign = lab.answer(Proto::Tcp, &seen);
+        tcp(&mut foreign).ack = 0x7000_0000;
+        assert_eq!(lab.through(&foreign).map(|packet| packet.src()), Some(seen.dst()));
+        lab.converse(Proto::Tcp, client, frontend);
     }
 }
 

@@ -383,6 +383,7 @@ impl Lab {
             Proto::Tcp => {
                 let mut packet = Packet::tcp(link, seen.dst(), seen.src(), flag::SYN | flag::ACK);
                 tcp(&mut packet).seq = BACKEND_SEQ;
+                tcp(&mut packet).ack = tcp(&mut seen.clone()).seq.wrapping_add(1);
                 packet
             }
             Proto::Udp => Packet::udp(link, seen.dst(), seen.src()),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::Path;
 
 use shunt_tests::agent::Agent;
 use shunt_tests::manifests::{Endpoint, Manifests, Service, service};
@@ -116,6 +117,8 @@ pub enum Socket {
     TcpBlocking,
     /// TCP through an IPv6 socket, to an IPv4-mapped address.
     TcpMapped,
+    /// Multipath TCP; the servers are of plain TCP.
+    TcpMultipath,
     /// UDP, connected.
     UdpConnected,
     /// UDP, not connected.
@@ -127,25 +130,28 @@ pub enum Socket {
 }
 
 impl Socket {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Tcp,
         Self::TcpBlocking,
         Self::TcpMapped,
+        Self::TcpMultipath,
         Self::UdpConnected,
         Self::Udp,
         Self::UdpConnectedMapped,
         Self::UdpMapped,
     ];
 
-    /// Every socket that can dial an address of a family, with that family.
+    /// Every socket of this kernel that can dial an address of a family, with that family.
     pub fn of_both_families() -> impl Iterator<Item = (Self, Family)> {
-        let all = Self::ALL.into_iter().flat_map(|socket| Family::ALL.map(|family| (socket, family)));
+        let is_there = |socket: &Self| *socket != Self::TcpMultipath || Path::new("/proc/sys/net/mptcp").exists();
+        let sockets = Self::ALL.into_iter().filter(is_there);
+        let all = sockets.flat_map(|socket| Family::ALL.map(|family| (socket, family)));
         all.filter(|(socket, family)| !socket.is_mapped() || *family == Family::V4)
     }
 
     /// It is TCP.
     pub fn is_tcp(self) -> bool {
-        matches!(self, Self::Tcp | Self::TcpBlocking | Self::TcpMapped)
+        matches!(self, Self::Tcp | Self::TcpBlocking | Self::TcpMapped | Self::TcpMultipath)
     }
 
     /// It is connected before something is sent.
@@ -202,6 +208,7 @@ impl Socket {
         match self {
             Self::Tcp | Self::TcpMapped => from.tcp_with(tcp),
             Self::TcpBlocking => from.tcp_blocking(tcp),
+            Self::TcpMultipath => from.tcp_multipath(tcp),
             _ => from.udp_with(udp).pop().expect("one destination has one outcome"),
         }
     }

@@ -153,10 +153,14 @@ struct Connection {
     device: u32,
     /// Not through a frontend: to a backend, with a port that another connection has.
     is_direct: bool,
-    /// The backend has answered, as it answers to a beginning.
+    /// TCP: the sequence number of the SYN.
+    syn: u32,
+    /// The backend has answered, as it answers to this very beginning.
     is_answered: bool,
     /// The backend has answered as one that knows these ends from another connection.
     is_clash: bool,
+    /// The client has seen such an answer.
+    is_told: bool,
 }
 
 /// What a TCP connection has seen of its end.
@@ -186,8 +190,10 @@ impl Connection {
             end: End::default(),
             device: spot.device,
             is_direct: false,
+            syn: if let Body::Tcp(tcp) = &packet.body { tcp.seq } else { 0 },
             is_answered: false,
             is_clash: false,
+            is_told: false,
         }
     }
 
@@ -206,6 +212,31 @@ impl Connection {
     fn is_plain_reply(&self, proto: u8, src: SocketAddr, dst: SocketAddr) -> bool {
         self.is_plain_forward(proto, dst, src)
     }
+
+    /// What a backend's packet says about the beginning of this connection.
+    fn hear(&self, packet: &Packet) -> Word {
+        let Body::Tcp(tcp) = &packet.body else { return Word::Ours };
+        let has = |flag: u8| tcp.flags & flag != 0;
+        // An answer acknowledges the SYN (RFC 9293), and perhaps what came with it.
+        let acknowledges = has(flag::ACK) && tcp.ack.wrapping_sub(self.syn.wrapping_add(1)) < 1 << 14;
+        if self.is_answered || acknowledges && (has(flag::SYN) || has(flag::RST)) {
+            return Word::Ours;
+        }
+        // A challenge ACK (RFC 5961) makes a client that waits for a SYN-ACK try again.
+        let is_challenge = has(flag::ACK) && !has(flag::SYN | flag::FIN | flag::RST) && tcp.data.is_empty();
+        if is_challenge && !self.is_told { Word::Challenge } else { Word::Foreign }
+    }
+}
+
+/// What a backend's packet is to a connection that has its ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Word {
+    /// The answer, or what comes after it.
+    Ours,
+    /// Another connection's, but the client is to see it.
+    Challenge,
+    /// Another connection's.
+    Foreign,
 }
 
 /// Which hook.
@@ -300,7 +331,11 @@ impl Nat {
     #[track_caller]
     fn ingress(&mut self, spot: Spot, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
         let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
-        if let Some(connection) = self.find(|connection| connection.is_reply_to_nat(proto, src, dst)) {
+        if let Some(connection) = self.connections.iter_mut().find(|it| it.is_reply_to_nat(proto, src, dst)) {
+            if connection.hear(packet) == Word::Foreign {
+                connection.is_clash = true;
+                return Expected::Same;
+            }
             return changed(packet.clone().with_dst(connection.seen_client));
         }
         let is_clash = self.forget_if_new(packet);
@@ -308,6 +343,10 @@ impl Nat {
             // A direct connection's ends are those of another's translated packets, met again at another device.
             if connection.is_direct && connection.device != spot.device {
                 return Expected::Same;
+            }
+            // What the client says to the answer that was another connection's.
+            if connection.is_clash {
+                return Expected::Drop;
             }
             return self.to_backend(spot, packet, &connection);
         }
@@ -345,7 +384,9 @@ impl Nat {
             }
             is_clash |= connection.is_clash;
             let is_gone = !connection.is_direct && !self.is_listed(proto, connection.backend);
-            !(is_gone || opens(packet) && (connection.end.is_over() || connection.is_clash))
+            let is_other =
+                matches!(&packet.body, Body::Tcp(tcp) if !connection.is_answered && tcp.seq != connection.syn);
+            !(is_gone || opens(packet) && (connection.end.is_over() || connection.is_clash || is_other))
         });
         self.connections = connections;
         is_clash
@@ -434,7 +475,7 @@ impl Nat {
     #[track_caller]
     fn egress(&mut self, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
         let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
-        if self.note_foreign_answer(packet) {
+        if self.note_answer(packet) == Word::Foreign {
             return Expected::Same;
         }
         if let Some(connection) = self.note_end(packet, false, |connection| connection.is_plain_reply(proto, src, dst))
@@ -544,19 +585,23 @@ impl Nat {
         Some(*connection)
     }
 
-    /// True if a backend answers to the beginning of a connection as if it were in the middle of one (RFC 5961): then it is, of
-    /// one that we do not know.
-    fn note_foreign_answer(&mut self, packet: &Packet) -> bool {
+    /// What a backend's packet is to the connection that has its ends, which remembers it.
+    fn note_answer(&mut self, packet: &Packet) -> Word {
         let (proto, src, dst) = (packet.proto(), packet.src(), packet.dst());
         let Some(connection) =
             self.connections.iter_mut().find(|connection| connection.is_plain_reply(proto, src, dst))
         else {
-            return false;
+            return Word::Ours;
         };
-        let begins = !matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & (flag::SYN | flag::RST) == 0);
-        connection.is_answered |= begins;
-        connection.is_clash |= !connection.is_answered;
-        !connection.is_answered
+        let word = connection.hear(packet);
+        let is_reset = matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & flag::SYN == 0);
+        if word == Word::Ours && !connection.is_answered && !is_reset {
+            // What came before was another connection's.
+            (connection.is_answered, connection.is_clash, connection.end) = (true, false, End::default());
+        }
+        connection.is_clash |= word != Word::Ours;
+        connection.is_told |= word == Word::Challenge;
+        word
     }
 
     fn find(&self, is_it: impl Fn(&Connection) -> bool) -> Option<Connection> {

@@ -76,6 +76,13 @@ impl Place {
         )
     }
 
+    /// One TCP connection from here, by a socket of Multipath TCP.
+    #[track_caller]
+    pub fn tcp_multipath(&self, once: TcpOnce) -> Result<Answer, Failure> {
+        let is_tcp = |report| if let Report::Tcp(outcome) = report { Some(outcome) } else { None };
+        done(self, &Job::TcpMultipath(once), is_tcp)
+    }
+
     /// One datagram from an unconnected socket here, and its answer.
     #[track_caller]
     pub fn udp(&self, to: SocketAddr) -> Result<Answer, Failure> {

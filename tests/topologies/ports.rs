@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use shunt_tests::place::Place;
+use shunt_tests::probe::{LongLived, TcpLoop};
 use shunt_tests::topology::{Addrs, Family, Plan, PodLink};
 
 use crate::rig::{Offer, PORT, Rig, TARGET};
@@ -94,4 +95,38 @@ fn one_port_of_an_outside_client_reaches_two_services_and_their_pod() {
     for node in 0..2 {
         one_port_serves_all(&rig, &rig.cluster.client.place, node);
     }
+}
+
+/// Connections of a pod that the socket hooks translate, and others that its packets carry, by the same client ports to one
+/// backend: the one kind does not wait for the other to end, nor for a second SYN each time.
+#[track_caller]
+fn both_paths_share_ports(plan: Plan, node: usize) {
+    let rig = Rig::build(plan);
+    let (pod, client) = (&rig.node(node).pods[0], &rig.node(0).pods[1].place);
+    rig.apply(&[&ONE.to(pod)]);
+    // So few that each is used by both.
+    client.ns().sysctl("net/ipv4/ip_local_port_range", "40000 40399");
+    let long = |to| LongLived { to, connections: 300, interval_ms: 200 };
+    let short = |to| TcpLoop { to: vec![to], rate: 200, workers: 8, count: Some(300) };
+    for (first, then) in [(client.clone(), client.unhooked()), (client.unhooked(), client.clone())] {
+        for family in Family::ALL {
+            let to = ONE.cluster_ip().port(family, PORT);
+            let mut held = first.long_lived(long(to));
+            held.wait_for("open connections", |stats| stats.open == 300);
+            let mut load = then.tcp_loop(short(to));
+            load.wait_answers(300);
+            load.finish_clean();
+            held.finish_clean();
+        }
+    }
+}
+
+#[test]
+fn both_paths_of_one_pod_share_client_ports_on_its_node() {
+    both_paths_share_ports(Plan::default(), 0);
+}
+
+#[test]
+fn both_paths_of_one_pod_share_client_ports_on_another_node() {
+    both_paths_share_ports(Plan { nodes: 2, ..Plan::default() }, 1);
 }

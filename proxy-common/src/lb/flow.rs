@@ -28,6 +28,11 @@ impl Seconds {
     }
 }
 
+/// The datapath's clock as fine as it goes: CLOCK_MONOTONIC_COARSE, nanoseconds that advance by the kernel's ticks (1 to 10
+/// ms).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Nanos(pub u64);
+
 /// The changing word of a plain entry: when a packet was last seen, and how far the connection has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Hot {
@@ -46,8 +51,10 @@ impl Hot {
     pub const RESET: u32 = 1 << 2;
     /// The flow has been promoted: its return path is proven.
     pub const ESTABLISHED: u32 = 1 << 3;
-    /// TCP: the backend answered the SYN with something else than SYN-ACK or RST: its tuple belongs to another connection.
+    /// TCP: the backend has said something else than the answer to the SYN: the tuple belongs to another connection.
     pub const CLASH: u32 = 1 << 4;
+    /// TCP: the client has seen such an answer, and sends its SYN again (or not, but is not to see another).
+    pub const TOLD: u32 = 1 << 5;
 
     /// From the stored word.
     #[inline(always)]
@@ -82,7 +89,8 @@ impl Hot {
     }
 }
 
-/// What proves that replies come back to us, kept in the plain entry until the flow is promoted.
+/// What proves that replies come back to us, kept until the flow is promoted: what the client asked, then what the backend
+/// answered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Proof(pub u64);
 
@@ -92,16 +100,37 @@ impl Proof {
     /// UDP: the backend has answered.
     pub const ANSWERED: Self = Self(1 << 32);
 
+    /// TCP: the client's SYN carried `sequence` (wire order); the answer must acknowledge the next number.
+    #[inline(always)]
+    pub const fn syn(sequence: u32) -> Self {
+        Self(Self::ASKED | u32::from_be(sequence).wrapping_add(1) as u64)
+    }
+
+    const ASKED: u64 = 1 << 33;
+
+    /// True if what waits for its answer is another SYN than the one with `sequence` (wire order).
+    #[inline(always)]
+    pub const fn is_other_syn(self, sequence: u32) -> bool {
+        self.0 & Self::ASKED != 0 && self.0 as u32 != u32::from_be(sequence).wrapping_add(1)
+    }
+
+    /// True if a segment with this acknowledgment number (wire order) may answer the SYN.
+    #[inline(always)]
+    pub const fn is_answered_by(self, acknowledgment: u32) -> bool {
+        // A little beyond, for data in the SYN (TCP Fast Open, RFC 7413).
+        self.0 & Self::ASKED == 0 || u32::from_be(acknowledgment).wrapping_sub(self.0 as u32) < 1 << 14
+    }
+
     /// TCP: the backend's SYN-ACK carried `sequence` (wire order); the client must acknowledge the next number.
     #[inline(always)]
     pub const fn syn_ack(sequence: u32) -> Self {
         Self(1 << 32 | u32::from_be(sequence).wrapping_add(1) as u64)
     }
 
-    /// True if there is something to compare with.
+    /// True if the backend has answered.
     #[inline(always)]
     pub const fn is_some(self) -> bool {
-        self.0 >> 32 != 0
+        self.0 & Self::ANSWERED.0 != 0
     }
 
     /// True if a client's TCP segment with this acknowledgment number (wire order) completes the handshake, or goes on
@@ -190,6 +219,19 @@ mod tests {
         assert!(proof.is_met_by(1000u32.to_be()));
         assert!(!proof.is_met_by(0xffff_ffff_u32.to_be()));
         assert!(!Proof::NONE.is_met_by(0));
+    }
+
+    #[test]
+    fn only_what_acknowledges_the_syn_answers_it() {
+        let proof = Proof::syn(0xffff_ffff_u32.to_be());
+        assert!(!proof.is_some());
+        assert!(proof.is_answered_by(0));
+        assert!(proof.is_answered_by(1400u32.to_be()), "data in the SYN");
+        assert!(!proof.is_answered_by(0xffff_ffff_u32.to_be()));
+        assert!(!proof.is_other_syn(0xffff_ffff_u32.to_be()));
+        assert!(proof.is_other_syn(7u32.to_be()));
+        let answered = Proof::syn_ack(500u32.to_be());
+        assert!(!answered.is_other_syn(7u32.to_be()) && answered.is_answered_by(0), "nothing to compare with");
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
             return Some(Verdict::Rewrite(to_peer(flow)));
         }
         if let Some(flow) = flows.pending(&key) {
-            return if is_answer(packet) { Some(Verdict::Rewrite(to_peer(flow))) } else { None };
+            return if is_answer(packet, flow) { Some(Verdict::Rewrite(to_peer(flow))) } else { None };
         }
     }
     let is_tcp = tuple.proto == Proto::TCP;
@@ -317,6 +317,7 @@ fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: P
         Known::Nothing => Step::Open { clash: false },
         Known::Clash => Step::Open { clash: true },
         Known::Other => Step::Done(PASS),
+        Known::Stray => Step::Done(Verdict::Refuse(DropReason::NoConnection, Refusal::Drop)),
     }
 }
 
@@ -325,12 +326,28 @@ fn snat_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>
     find(flows, &packet.tuple.snat_key())
 }
 
-/// True for what a backend may send first; for TCP, what it says to a SYN.
+/// True for what a backend may send first; for TCP, what it says to the SYN that `pending` (a plain or snat entry) was
+/// made of: what acknowledges that (RFC 9293 section 3.10.7.3).
 #[inline(always)]
-fn is_answer(packet: &Parsed) -> bool {
+fn is_answer(packet: &Parsed, pending: FlowRef<'_>) -> bool {
     packet.tuple.proto != Proto::TCP
-        || packet.tcp_flags & tcp::RST != 0
-        || packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
+        // One test instead of two, which halves what the verifier has to go through (Linux 6.18).
+        || ANSWERS >> (packet.tcp_flags & (tcp::SYN | tcp::RST | tcp::ACK)) & 1 != 0
+            && Proof(pending.proof()).is_answered_by(packet.acknowledgment)
+}
+
+/// Sets of control bits that answer a SYN, as bits.
+const ANSWERS: u32 = 1 << (tcp::SYN | tcp::ACK) | 1 << (tcp::RST | tcp::ACK);
+
+/// True for what a backend says to a SYN that it takes for one of another connection with the same ends: a challenge ACK (RFC
+/// 5961). `state`: of the flow that the SYN was for.
+///
+/// The client is told once: its stack has no use for it, but sends the SYN again at once (Linux since 5.6) instead of a second
+/// later, and that one avoids the clash. What else the client says to it goes nowhere (see [`known`]). If this is an
+/// acknowledgment that the other connection waits for after all, its sender repeats it.
+#[inline(always)]
+const fn tells_of_clash(packet: &Parsed, state: u32) -> bool {
+    packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST | tcp::ACK | tcp::DATA) == tcp::ACK && state & Hot::TOLD == 0
 }
 
 /// True if the backend took the SYN of a flow with a rewritten source for one of another connection with the same ends (a
@@ -338,7 +355,7 @@ fn is_answer(packet: &Parsed) -> bool {
 /// knows it; the next SYN of the flow avoids the clash.
 #[inline(never)]
 fn is_foreign<F: Flows>(flows: &F, packet: &Parsed, snat: FlowRef<'_>) -> bool {
-    if is_answer(packet) {
+    if is_answer(packet, snat) {
         return false;
     }
     let tuple = Tuple {
@@ -350,7 +367,8 @@ fn is_foreign<F: Flows>(flows: &F, packet: &Parsed, snat: FlowRef<'_>) -> bool {
     };
     let Some(plain) = find(flows, &tuple.plain_key().0) else { return false };
     let hot = Hot::unpack(plain.hot());
-    if hot.state & Hot::ESTABLISHED != 0 || Proof(plain.proof()).is_some() {
+    // What tells the client of the clash is noted on its way out.
+    if hot.state & Hot::ESTABLISHED != 0 || Proof(plain.proof()).is_some() || tells_of_clash(packet, hot.state) {
         return false;
     }
     plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::CLASH }.pack());
@@ -388,6 +406,8 @@ enum Known {
     Clash,
     /// It is a translated packet, met again at another device, that looks like one of a direct connection.
     Other,
+    /// What the client says to an answer that was another connection's.
+    Stray,
 }
 
 /// A packet from a client: of which flow, and what it changes about it.
@@ -410,8 +430,12 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
             return Known::Nothing;
         };
         let hot = Hot::unpack(plain.hot());
-        let clash = opens && hot.state & Hot::CLASH != 0;
-        if gone || clash || opens && hot.is_finished() {
+        let clash = hot.state & Hot::CLASH != 0;
+        if clash && !opens {
+            return Known::Stray;
+        }
+        let anew = opens && (hot.is_finished() || Proof(plain.proof()).is_other_syn(packet.sequence));
+        if gone || clash || anew {
             remove_flow(flows, &packet.tuple, &rewrite, plain);
             return if clash { Known::Clash } else { Known::Nothing };
         }
@@ -793,6 +817,7 @@ pub fn create<F: Flows>(flows: &F, packet: &Parsed, target: &Target) -> Verdict 
     };
     *value = FlowValue {
         hot: Hot { seen: flows.now(), state: 0 }.pack(),
+        proof: if tuple.proto == Proto::TCP { Proof::syn(packet.sequence).0 } else { Proof::NONE.0 },
         peer: tuple.dst,
         peer_port: tuple.dport,
         nat: target.nat,
@@ -842,7 +867,7 @@ fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: 
         return tuple.sport;
     }
     value.alias_port = tuple.sport;
-    let found = search_port(flows, tuple, |port| {
+    let found = search_port(flows, tuple, |port, _| {
         plain.sport = port;
         claim_plain(flows, &plain, value)
     });
@@ -861,6 +886,7 @@ fn store_plain<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut 
     value.peer = tuple.dst;
     value.peer_port = tuple.dport;
     value.alias_port = if sport == tuple.sport { Be16::ZERO } else { tuple.sport };
+    value.hot = Hot { seen: flows.now(), state: 0 }.pack();
     flows.insert_pending(&towards(tuple, target, sport).plain_key().0, value, false)
 }
 
@@ -959,58 +985,70 @@ fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> u32 
     value.peer = plain.src;
     value.peer_port = plain.sport;
     value.alias_port = Be16::ZERO;
-    let kept = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value) == CLAIMED;
+    value.hot = flows.nanos().0;
+    let kept = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value) == FREE;
     if kept {
         flows.mark_port(plain.sport.host(), PortUse::SNAT);
+        value.nat_port = plain.sport;
+        return CLAIMED;
     }
-    // The first port met whose flow is only pending, and how many such were met.
-    let (mut pending, mut met) = (Be16::ZERO, 0);
-    let mut claimed = kept;
-    if !kept {
-        search_port(flows, plain, |port| {
-            reply.dport = port;
-            let claim = claim_reply(flows, &reply, value);
-            claimed = claim == CLAIMED;
-            if claim == PENDING {
-                pending = if met == 0 { port } else { pending };
-                met += 1;
-            }
-            claimed || met == PENDING_PORTS
-        });
-    }
-    value.nat_port = if claimed || met == 0 { reply.dport } else { pending };
-    match (claimed, met) {
-        (true, _) => CLAIMED,
-        (false, 0) => TAKEN,
-        (false, _) => PENDING,
+    let mut least = ESTABLISHED;
+    search_port(flows, plain, |port, step| {
+        reply.dport = port;
+        least = least.min(claim_reply(flows, &reply, value));
+        least == FREE || least != ESTABLISHED && step + 1 >= PENDING_PORTS
+    });
+    value.nat_port = if least == FREE { reply.dport } else { Be16(least as u16) };
+    match least {
+        FREE => CLAIMED,
+        ESTABLISHED => TAKEN,
+        _ => PENDING,
     }
 }
 
-/// Ports of flows that are only pending, met before one of them is taken: a flood of forged beginnings keeps nobody out,
-/// and costs no search through all that it holds.
+/// Ports that are tried before the one is taken that a flow which is only pending has held longest: a flood of forged
+/// beginnings keeps nobody out, and costs no search through all that it holds.
+///
+/// The oldest of so many is one of the oldest of all: that a flow which is younger than half of them loses its port takes a
+/// case in 2^31 (they lie at random). A handshake is safe while it is shorter than the flood needs to go round all ports: a
+/// fifth of a second with 20,000 ports and 100,000 beginnings a second.
 const PENDING_PORTS: u32 = 32;
+
+/// Nobody holds a port.
+const FREE: u64 = 0;
+/// A flow that is not pending holds it, or a socket.
+const ESTABLISHED: u64 = u64::MAX;
+/// The ranks of pending flows lie between: by the moment at which they took the port (2^20 [`flow::Nanos`], that is about a
+/// millisecond), and the port itself in the lowest 16 bits.
+#[inline(always)]
+fn rank(pending: FlowRef<'_>, port: Be16) -> u64 {
+    pending.hot() >> 20 << 16 | port.0 as u64
+}
 
 const CLAIMED: u32 = 0;
 const PENDING: u32 = 1;
 const TAKEN: u32 = 2;
 
-/// Stores a snat entry: [`CLAIMED`], or what stands in its place.
+/// Stores a snat entry: [`FREE`], or the rank of who holds the port.
 #[inline(never)]
-fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> u32 {
+fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> u64 {
     let key = reply.snat_key();
     if flows.established(&key).is_some() {
-        return TAKEN;
+        return ESTABLISHED;
     }
     // Looked up first: an insertion that fails has pushed out another entry all the same (an LRU makes room beforehand).
-    if flows.pending(&key).is_some() || !flows.insert_pending(&key, value, true) {
-        return PENDING;
+    if let Some(other) = flows.pending(&key) {
+        return rank(other, reply.dport);
+    }
+    if !flows.insert_pending(&key, value, true) {
+        return ESTABLISHED;
     }
     // A connection of this node itself with the same ends would lose its replies to us.
     if flows.has_connected_socket(reply) {
         flows.remove_pending(&key);
-        return TAKEN;
+        return ESTABLISHED;
     }
-    CLAIMED
+    FREE
 }
 
 /// From the backend to the rewritten source.
@@ -1058,23 +1096,23 @@ fn may_keep_port<F: Flows>(flows: &F, port: Port) -> bool {
     }
 }
 
-/// Tries every port of the SNAT range once, beginning at one that depends on the connection and on the time: a connection
-/// that met a clash where it began meets another port when it tries again.
+/// Tries every port of the SNAT range once (and says how many came before), beginning at one that depends on the connection
+/// and on the time: a connection that met a clash where it began meets another port when it tries again.
 #[inline(always)]
-fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16) -> bool) -> bool {
+fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16, u32) -> bool) -> bool {
     let Some(config) = flows.config() else { return false };
     let (first, last) = (config.snat_first as u32, config.snat_last as u32);
     if last < first {
         return false;
     }
     let count = last - first + 1;
-    // 2^32 divided by the golden ratio: what differs by one ends far apart (Knuth, volume 3, section 6.4).
-    let salt = flows.now().0.wrapping_mul(0x9e37_79b9) as u64;
+    // Milliseconds or so; 2^32 divided by the golden ratio: what differs by one ends far apart (Knuth, volume 3, section 6.4).
+    let salt = ((flows.nanos().0 >> 20) as u32).wrapping_mul(0x9e37_79b9) as u64;
     let start = select::position((tuple_hash(flows, tuple) >> 32) ^ salt, count);
     flows.search(count, |step| {
         let offset = start + step;
         let offset = if offset >= count { offset - count } else { offset };
-        claim(Port((first + offset) as u16).be())
+        claim(Port((first + offset) as u16).be(), step)
     })
 }
 
@@ -1164,35 +1202,41 @@ fn leaving<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
 #[inline(always)]
 fn touch<F: Flows>(flows: &F, packet: &Parsed, plain: FlowRef<'_>, from_client: bool) -> bool {
     let hot = Hot::unpack(plain.hot());
-    if !from_client && hot.state & Hot::ESTABLISHED == 0 && !answer(packet, plain, hot) {
-        return false;
+    let mut after = hot;
+    if !from_client && hot.state & Hot::ESTABLISHED == 0 {
+        let Some(state) = answer(packet, plain, hot.state) else {
+            plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::CLASH }.pack());
+            return false;
+        };
+        after.state = state;
     }
-    let after = hot.after(flows.now(), packet.tcp_flags, from_client);
+    let after = after.after(flows.now(), packet.tcp_flags, from_client);
     if after != hot {
         plain.set_hot(after.pack());
     }
     true
 }
 
-/// The backend's answer to a pending flow. False: it belongs to another connection with the same ends (a backend answers a
-/// SYN on a living connection with a challenge ACK, RFC 5961); it passes untouched and the next SYN avoids the clash.
+/// The state of a pending flow after its backend's answer. `None`: that belongs to another connection with the same ends; it
+/// passes untouched and the next SYN avoids the clash.
 #[inline(always)]
-fn answer(packet: &Parsed, plain: FlowRef<'_>, hot: Hot) -> bool {
-    let proof = Proof(plain.proof());
+fn answer(packet: &Parsed, plain: FlowRef<'_>, state: u32) -> Option<u32> {
+    let is_answered = Proof(plain.proof()).is_some();
     if packet.tuple.proto != Proto::TCP {
-        if !proof.is_some() {
+        if !is_answered {
             plain.set_proof(Proof::ANSWERED.0);
         }
-        return true;
+        return Some(state);
     }
-    let syn_ack = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK;
-    if syn_ack {
-        plain.set_proof(Proof::syn_ack(packet.sequence).0);
-    } else if !proof.is_some() && packet.tcp_flags & tcp::RST == 0 {
-        plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::CLASH }.pack());
-        return false;
+    if !is_answered && !is_answer(packet, plain) {
+        return if tells_of_clash(packet, state) { Some(state | Hot::CLASH | Hot::TOLD) } else { None };
     }
-    true
+    if packet.tcp_flags & (tcp::SYN | tcp::ACK) != tcp::SYN | tcp::ACK {
+        return Some(state);
+    }
+    plain.set_proof(Proof::syn_ack(packet.sequence).0);
+    // What another connection with these ends has left here is over with it.
+    Some(state & Hot::TOLD)
 }
 
 /// A packet that no flow translates: if it goes to a service's address, a process that the socket hooks do not see made it.

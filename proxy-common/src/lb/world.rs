@@ -11,7 +11,7 @@ use crate::abi::fragment::{FragmentKey, FragmentValue};
 use crate::abi::frontend::{FrontendKey, FrontendValue};
 use crate::abi::service::{Range, Slot};
 use crate::addr::{Addr, Be16, Port, Proto};
-use crate::lb::flow::Seconds;
+use crate::lb::flow::{Nanos, Seconds};
 use crate::lb::tuple::Tuple;
 use crate::tables::{Event, Flows, Lookups, Neighbour, Tables, Tracked};
 use crate::verdict::DropReason;
@@ -42,6 +42,8 @@ pub struct World {
     pub source: Option<Addr>,
     pub neighbour: Cell<Neighbour>,
     pub now: Cell<Seconds>,
+    /// Since `now` began.
+    pub nanos: Cell<u64>,
     pub ifindex: Cell<u32>,
     pub drops: RefCell<HashMap<DropReason, u32>>,
     pub events: RefCell<HashMap<(u32, &'static str), u32>>,
@@ -101,6 +103,7 @@ impl World {
             source: None,
             neighbour: Cell::new(Neighbour::Elsewhere),
             now: Cell::new(Seconds(1000)),
+            nanos: Cell::new(0),
             ifindex: Cell::new(5),
             drops: RefCell::default(),
             events: RefCell::default(),
@@ -288,6 +291,9 @@ impl Flows for World {
     }
     fn search<F: FnMut(u32) -> bool>(&self, tries: u32, found: F) -> bool {
         (0..tries).any(found)
+    }
+    fn nanos(&self) -> Nanos {
+        Nanos((u64::from(self.now.get().0) << 30) + self.nanos.get())
     }
     fn source_towards(&self, _src: &Addr, dst: &Addr) -> Option<Addr> {
         self.source.or(Some(addr(if dst.is_v4() { "192.0.2.1" } else { "2001:db8::1" })))

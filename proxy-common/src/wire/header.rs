@@ -235,4 +235,6 @@ pub mod tcp {
     pub const RST: u8 = 1 << 2;
     /// ACK.
     pub const ACK: u8 = 1 << 4;
+    /// Not of the header: the segment carries data. (In the place of CWR, which nobody here asks for.)
+    pub const DATA: u8 = 1 << 7;
 }

@@ -55,7 +55,7 @@ pub struct Parsed {
     pub outer_dst: Addr,
     /// What it is.
     pub kind: Kind,
-    /// TCP control bits; zero for others.
+    /// TCP control bits, and [`tcp::DATA`]; zero for others.
     pub tcp_flags: u8,
     /// True if this is the first fragment of several.
     pub first_fragment: bool,
@@ -84,6 +84,8 @@ struct Ip {
     dst: Addr,
     proto: u8,
     l4: usize,
+    /// Where the packet ends.
+    end: usize,
     fragment: FragmentPart,
     id: u32,
 }
@@ -160,6 +162,7 @@ fn ipv4<P: Packet>(packet: &P, l3: usize) -> Option<Ip> {
         dst: Addr::from_v4_word(header.destination),
         proto: header.protocol,
         l4: l3 + words * 4,
+        end: l3 + u16::from_be(header.length) as usize,
         fragment,
         id: header.id as u32,
     })
@@ -176,6 +179,7 @@ fn ipv6<P: Packet>(packet: &P, l3: usize, max_extensions: usize) -> Option<Ip> {
         dst: Addr(header.destination),
         proto: header.next_header,
         l4: l3 + size_of::<Ipv6>(),
+        end: l3 + size_of::<Ipv6>() + u16::from_be(header.length) as usize,
         fragment: FragmentPart::Whole,
         id: 0,
     };
@@ -252,7 +256,7 @@ fn transport<P: Packet, const QUOTES: bool>(packet: &P, l3: usize, ip: Ip, icmp_
         parsed.kind = Kind::Transport;
         ports(packet, ip.l4, &mut parsed)?;
         if ip.proto == Proto::TCP.0 {
-            control(packet, ip.l4, &mut parsed)?;
+            control(packet, &ip, &mut parsed)?;
         }
     } else if ip.proto == icmp_proto && !later {
         icmp::<P, QUOTES>(packet, ip.l4, icmp_proto, &mut parsed)?;
@@ -269,9 +273,13 @@ fn ports<P: Packet>(packet: &P, offset: usize, parsed: &mut Parsed) -> Option<()
 }
 
 #[inline(always)]
-fn control<P: Packet>(packet: &P, offset: usize, parsed: &mut Parsed) -> Option<()> {
-    let tcp = packet.load::<Tcp>(offset)?;
-    parsed.tcp_flags = tcp.flags & (tcp::FIN | tcp::SYN | tcp::RST | tcp::ACK);
+fn control<P: Packet>(packet: &P, ip: &Ip, parsed: &mut Parsed) -> Option<()> {
+    let tcp = packet.load::<Tcp>(ip.l4)?;
+    // Modulo 2^16: what the kernel has put together beyond 64 KiB says no length, and has data here too.
+    let data = ip.end.wrapping_sub(ip.l4 + (tcp.offset >> 4) as usize * 4) as u16 as u32;
+    // The sign of what is not zero, negated: a comparison would make two paths of one for the verifier.
+    let has_data = (data.wrapping_neg() >> 24) as u8 & tcp::DATA;
+    parsed.tcp_flags = tcp.flags & (tcp::FIN | tcp::SYN | tcp::RST | tcp::ACK) | has_data;
     parsed.sequence = tcp.sequence;
     parsed.acknowledgment = tcp.acknowledgment;
     Some(())

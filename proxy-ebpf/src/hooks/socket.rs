@@ -20,6 +20,10 @@ const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 const SOCK_STREAM: u32 = 1;
 const SOCK_DGRAM: u32 = 2;
+const IPPROTO_TCP: u32 = Proto::TCP.0 as u32;
+const IPPROTO_UDP: u32 = Proto::UDP.0 as u32;
+/// Multipath TCP (linux/in.h): what the application has asked for. The packets are of TCP.
+const IPPROTO_MPTCP: u32 = 262;
 /// State of a connected socket, UDP included (include/net/tcp_states.h).
 const TCP_ESTABLISHED: u32 = 1;
 /// errno.h; the only error that applications ever get from here.
@@ -41,10 +45,11 @@ impl Call {
     #[inline(always)]
     fn proto(&self) -> Option<Proto> {
         // SAFETY: the context of the running program.
-        let (kind, protocol) = unsafe { ((*self.ctx).type_, (*self.ctx).protocol as u8) };
-        match (kind, Proto(protocol)) {
-            (SOCK_STREAM, Proto::TCP) => Some(Proto::TCP),
-            (SOCK_DGRAM, Proto::UDP) => Some(Proto::UDP),
+        let (kind, protocol) = unsafe { ((*self.ctx).type_, (*self.ctx).protocol) };
+        match (kind, protocol) {
+            // Further paths of one connection go where the first went: to the backend itself.
+            (SOCK_STREAM, IPPROTO_TCP | IPPROTO_MPTCP) => Some(Proto::TCP),
+            (SOCK_DGRAM, IPPROTO_UDP) => Some(Proto::UDP),
             _ => None,
         }
     }

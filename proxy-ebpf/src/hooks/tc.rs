@@ -12,6 +12,7 @@ use aya_ebpf::btf_maps::ProgramArray;
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use core::mem::MaybeUninit;
+use proxy_common::continuation::Continuation;
 use proxy_common::lb::packet::{self, Rewrite, Step, Target, Verdict};
 use proxy_common::lb::rewrite::{self, End};
 use proxy_common::verdict::{DropReason, Refusal};
@@ -72,21 +73,14 @@ impl Place {
 
 /// Programs that others go on in: they have a stack of their own, and re-read the packet.
 #[btf_map]
-static programs: ProgramArray<6> = ProgramArray::new();
-/// Positions of the programs of the same names in the array.
-const READ: u32 = 0;
-const FLOW: u32 = 1;
-const OPEN: u32 = 2;
-const CREATE: u32 = 3;
-const ANSWER: u32 = 4;
-const REST: u32 = 5;
+static programs: ProgramArray<{ Continuation::ALL.len() }> = ProgramArray::new();
 
 /// Goes on in another program. Comes back only if the agent has not filled the array yet.
 #[inline(always)]
-fn go_on(skb: SkBuff, place: Place, program: u32) {
+fn go_on(skb: SkBuff, place: Place, program: Continuation) {
     skb.set_control(place.pack());
     // SAFETY: the context of the running program.
-    unsafe { programs.tail_call(&TcContext::new(skb.0), program) };
+    unsafe { programs.tail_call(&TcContext::new(skb.0), program as u32) };
 }
 
 #[classifier]
@@ -147,7 +141,7 @@ pub fn read(ctx: TcContext) -> i32 {
     let Some(room) = parsed_room() else { return NEXT };
     let Some(parsed) = parse::<true>(&skb, place.link) else { return NEXT };
     room.write(parsed);
-    go_on(skb, place, if place.end == End::Source { REST } else { FLOW });
+    go_on(skb, place, if place.end == End::Source { Continuation::Rest } else { Continuation::Flow });
     NEXT
 }
 
@@ -163,7 +157,7 @@ pub fn flow(ctx: TcContext) -> i32 {
     match packet::ingress_flow(&env, parsed) {
         Step::Done(verdict) => act_apart(skb, place, parsed, verdict),
         Step::Open { clash } => {
-            go_on(skb, Place { clash, ..place }, OPEN);
+            go_on(skb, Place { clash, ..place }, Continuation::Open);
             NEXT
         }
     }
@@ -181,7 +175,7 @@ pub fn open(ctx: TcContext) -> i32 {
     match packet::ingress_open(&env, parsed, place.clash) {
         Ok(target) => {
             room.write(target);
-            go_on(skb, place, CREATE);
+            go_on(skb, place, Continuation::Create);
             NEXT
         }
         Err(verdict) => act_apart(skb, place, parsed, verdict),
@@ -288,7 +282,7 @@ fn enter(skb: SkBuff, place: Place, is_switched: bool) -> i32 {
     match packet::ingress_known(&env, &parsed) {
         Some(verdict) => act(skb, place, &parsed, verdict),
         None => {
-            go_on(skb, place, READ);
+            go_on(skb, place, Continuation::Read);
             NEXT
         }
     }
@@ -304,7 +298,7 @@ fn leave(skb: SkBuff, place: Place) -> i32 {
     match packet::egress_known(&env, &parsed) {
         Some(verdict) => act(skb, place, &parsed, verdict),
         None => {
-            go_on(skb, place, READ);
+            go_on(skb, place, Continuation::Read);
             NEXT
         }
     }
@@ -314,7 +308,7 @@ fn leave(skb: SkBuff, place: Place) -> i32 {
 #[inline(always)]
 fn read_if_short(skb: SkBuff, place: Place) -> i32 {
     if skb.is_short() {
-        go_on(skb, place, READ);
+        go_on(skb, place, Continuation::Read);
     }
     NEXT
 }
@@ -346,7 +340,7 @@ fn act(mut skb: SkBuff, place: Place, parsed: &Parsed, verdict: Verdict) -> i32 
 fn refuse(skb: SkBuff, place: Place, reason: DropReason, refusal: Refusal) -> i32 {
     counter::drop(reason);
     if refusal == Refusal::Reject {
-        go_on(skb, place, ANSWER);
+        go_on(skb, place, Continuation::Answer);
     }
     TC_ACT_SHOT
 }

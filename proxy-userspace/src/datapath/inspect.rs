@@ -164,16 +164,26 @@ pub fn read_flows(maps: &MapFds) -> Result<Vec<FlowView>, Error> {
         names.insert(*id, name.as_str().unwrap_or_default().to_owned());
     })?;
     let now = Seconds::from_nanos(sys::monotonic().as_nanos() as u64);
-    let mut flows = Vec::new();
+    let mut plain = BTreeMap::new();
     for table in ["flows", "flows_pending"] {
-        Table::<FlowKey, FlowValue>::open(maps, table)?.for_each(|key, value| {
-            if key.kind == FlowKey::PLAIN {
-                let service = names.get(&value.service).cloned().unwrap_or_default();
-                flows.push(flow_view(key, value, now, service));
-            }
-        })?;
+        Table::<FlowKey, FlowValue>::open(maps, table)?.for_each(|key, value| add_plain(&mut plain, key, value))?;
     }
-    Ok(flows)
+    let view = |(key, value): &(FlowKey, FlowValue)| {
+        let service = names.get(&value.service).cloned().unwrap_or_default();
+        flow_view(key, value, now, service)
+    };
+    Ok(plain.values().map(view).collect())
+}
+
+/// Ends of a connection, to sort by.
+type Ends = (u8, Addr, Be16, Addr, Be16);
+
+/// Adds an entry if it is a plain one and its connection has none yet: established ones are read first, what promotion left
+/// behind among the pending ones is an older copy.
+fn add_plain(plain: &mut BTreeMap<Ends, (FlowKey, FlowValue)>, key: &FlowKey, value: &FlowValue) {
+    if key.kind == FlowKey::PLAIN {
+        plain.entry((key.proto, key.a, key.a_port, key.b, key.b_port)).or_insert((*key, *value));
+    }
 }
 
 fn flow_view(key: &FlowKey, value: &FlowValue, now: Seconds, service: String) -> FlowView {
@@ -252,6 +262,20 @@ mod tests {
 
     fn be(port: u16) -> Be16 {
         proxy_common::addr::Port(port).be()
+    }
+
+    #[test]
+    fn a_flow_is_listed_once_as_its_established_entry_says() {
+        let key = FlowKey { kind: FlowKey::PLAIN, a: addr(1), b: addr(2), proto: 6, ..FlowKey::ZERO };
+        let other = FlowKey { a_port: be(1), ..key };
+        let front = FlowKey { kind: FlowKey::FRONT, ..key };
+        let [established, pending] =
+            [Hot::ESTABLISHED, 0].map(|state| FlowValue { hot: Hot { seen: Seconds(7), state }.pack(), ..FlowValue::ZERO });
+        let mut plain = BTreeMap::new();
+        for (key, value) in [(key, established), (front, established), (key, pending), (other, pending)] {
+            add_plain(&mut plain, &key, &value);
+        }
+        assert_eq!(plain.into_values().collect::<Vec<_>>(), [(key, established), (other, pending)]);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use aya::maps::Map;
 use aya::programs::{Program, ProgramError};
 use aya::{EbpfError, EbpfLoader};
+use proxy_common::continuation::Continuation;
 
 use super::btf::{self, Field};
 use super::kfunc::{self, KFUNCS, Kfunc};
@@ -237,9 +238,6 @@ const SHARED: [&str; 18] = [
 /// Map of the programs in which others go on.
 const CONTINUATIONS: &str = "programs";
 
-/// Those programs, by position in the map.
-const CONTINUED_IN: [&str; 6] = ["read", "flow", "open", "create", "answer", "rest"];
-
 /// The map of the programs in which others go on. The kernel empties it when userspace lets go of it, so it is pinned, but
 /// each load has its own: programs of two versions must not go on in each other.
 #[derive(Debug)]
@@ -250,9 +248,9 @@ impl Continuations {
     fn fill(ebpf: &aya::Ebpf, programs: &Programs) -> Result<Self, Error> {
         let Some(Map::ProgramArray(map)) = ebpf.map(CONTINUATIONS) else { return Ok(Self(None)) };
         let fd = sys::duplicate(map.fd().as_fd()).map_err(on_map("duplicate", CONTINUATIONS))?;
-        for (position, name) in (0u32..).zip(CONTINUED_IN) {
-            let program = programs.get(name)?.as_raw_fd() as u32;
-            sys::map_update(fd.as_fd(), &position, &program).map_err(on_map("fill", CONTINUATIONS))?;
+        for continuation in Continuation::ALL {
+            let program = programs.get(continuation.name())?.as_raw_fd() as u32;
+            sys::map_update(fd.as_fd(), &(continuation as u32), &program).map_err(on_map("fill", CONTINUATIONS))?;
         }
         let id = sys::map_info(fd.as_fd()).map_err(on_map("examine", CONTINUATIONS))?.id;
         Ok(Self(Some((fd, id))))

@@ -21,6 +21,12 @@ pub fn tcp_blocking(once: &TcpOnce) -> Result<Answer, Failure> {
     converse(Connection::dial_blocking(once)?, once)
 }
 
+/// The same by a socket of Multipath TCP (RFC 8684); the server may know plain TCP alone.
+pub fn tcp_multipath(once: &TcpOnce) -> Result<Answer, Failure> {
+    let connect = |socket: &Socket, to: &SockAddr| socket.connect_timeout(to, TIMEOUT);
+    converse(Connection::over(open(once, Protocol::MPTCP, connect)?, once.to)?, once)
+}
+
 fn converse(mut connection: Connection, once: &TcpOnce) -> Result<Answer, Failure> {
     let identity = connection.who()?;
     let failed = Failure::at(Stage::Socket, once.to);
@@ -45,7 +51,7 @@ impl Connection {
     /// Connects without blocking and polls.
     pub fn dial(once: &TcpOnce) -> Result<Self, Failure> {
         let connect = |socket: &Socket, to: &SockAddr| socket.connect_timeout(to, TIMEOUT);
-        Self::over(open(once, connect)?, once.to)
+        Self::over(open(once, Protocol::TCP, connect)?, once.to)
     }
 
     fn dial_blocking(once: &TcpOnce) -> Result<Self, Failure> {
@@ -53,7 +59,7 @@ impl Connection {
             socket.set_write_timeout(Some(TIMEOUT))?;
             socket.connect(to)
         };
-        Self::over(open(once, connect)?, once.to)
+        Self::over(open(once, Protocol::TCP, connect)?, once.to)
     }
 
     fn over(stream: TcpStream, to: SocketAddr) -> Result<Self, Failure> {
@@ -94,10 +100,14 @@ impl Connection {
     }
 }
 
-fn open(once: &TcpOnce, connect: impl FnOnce(&Socket, &SockAddr) -> io::Result<()>) -> Result<TcpStream, Failure> {
+fn open(
+    once: &TcpOnce,
+    protocol: Protocol,
+    connect: impl FnOnce(&Socket, &SockAddr) -> io::Result<()>,
+) -> Result<TcpStream, Failure> {
     let to = if once.mapped { mapped(once.to) } else { once.to };
     let failed = Failure::at(Stage::Socket, once.to);
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP)).map_err(&failed)?;
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol)).map_err(&failed)?;
     if let Some(bind) = once.bind {
         socket.set_reuse_address(true).map_err(&failed)?;
         socket.bind(&SockAddr::from(if once.mapped { mapped(bind) } else { bind })).map_err(&failed)?;

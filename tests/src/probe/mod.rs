@@ -3,7 +3,7 @@
 //! | job | does |
 //! |---|---|
 //! | [`Job::Serve`] | TCP and UDP servers that say who they are and whom they saw |
-//! | [`Job::TcpOnce`], [`Job::TcpBlocking`], [`Job::UdpOnce`] | one conversation, every address of it reported |
+//! | [`Job::TcpOnce`], [`Job::TcpBlocking`], [`Job::TcpMultipath`], [`Job::UdpOnce`] | one conversation, every address of it reported |
 //! | [`Job::TcpLoop`], [`Job::UdpLoop`] | new connections at a rate |
 //! | [`Job::LongLived`] | connections that stay, each answer checked against its number |
 //! | [`Job::Bulk`] | many bytes one way, each of them checked |
@@ -41,6 +41,8 @@ pub enum Job {
     TcpOnce(TcpOnce),
     /// See [`TcpOnce`]; the connect call waits. All others connect without blocking, and poll.
     TcpBlocking(TcpOnce),
+    /// See [`TcpOnce`]; by a socket of Multipath TCP.
+    TcpMultipath(TcpOnce),
     /// See [`UdpOnce`].
     UdpOnce(UdpOnce),
     /// See [`TcpLoop`].
@@ -259,6 +261,7 @@ pub fn run(job: Job) {
         Job::Serve(serve) => server::run(&serve),
         Job::TcpOnce(once) => load::print(&Report::Tcp(client::tcp_once(&once))),
         Job::TcpBlocking(once) => load::print(&Report::Tcp(client::tcp_blocking(&once))),
+        Job::TcpMultipath(once) => load::print(&Report::Tcp(client::tcp_multipath(&once))),
         Job::UdpOnce(once) => load::print(&Report::Udp(udp::udp_once(&once))),
         Job::TcpLoop(tcp) => load::run(client::TcpAttempts::new(&tcp)),
         Job::UdpLoop(udp) => load::run(udp::UdpAttempts::new(&udp)),
