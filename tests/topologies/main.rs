@@ -11,6 +11,7 @@
 //! | [`source`] | what backends see as their client; traffic policies |
 //! | [`refusal`] | who is refused, who is dropped, and what counts it |
 //! | [`change`] | endpoints and frontends that come and go under traffic |
+//! | [`layout`] | tables of another version, of other sizes, under traffic |
 //! | [`flood`] | a million forged SYNs beside live connections |
 //!
 //! [`rig`] builds what they share; [`talk`] holds conversations open. Topologies are drawn in `shunt_tests::topology`.
@@ -20,6 +21,7 @@ mod change;
 mod flood;
 mod fragment;
 mod hairpin;
+mod layout;
 mod ports;
 mod reach;
 mod refusal;
