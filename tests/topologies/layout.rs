@@ -24,8 +24,11 @@ const FAR: Offer = Offer::new(2, "far");
 /// Both backends, and clients that stay with theirs.
 const STEADY: Offer = Offer::new(3, "steady");
 
+/// More of them than fit into small tables.
+const MORE: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+
 /// An option and its value.
-type Option_ = (&'static str, &'static str);
+type Flag = (&'static str, &'static str);
 
 struct Scene {
     rig: Rig,
@@ -38,7 +41,7 @@ impl Scene {
     #[track_caller]
     fn build() -> Self {
         let sizes = |agent: Agent| {
-            agent.with("--max-services", "64").with("--max-backends", "256").with("--max-flows", "4096")
+            agent.with("--max-services", "64").with("--max-backends", "256").with("--max-flows", "65536")
         };
         let rig = Rig::build_with(Plan { nodes: 2, ..Plan::default().strict() }, sizes);
         rig.cluster.route_vips(rig.node(0));
@@ -134,7 +137,7 @@ impl Scene {
         rows.iter().map(pair).collect()
     }
 
-    /// A name below the pin directory.
+    /// What is below the pin directory.
     fn names(&self) -> Vec<String> {
         let mut names = names_in(self.rig.agents[0].bpffs());
         names.sort();
@@ -180,14 +183,14 @@ fn assert_not_less(now: &Counters, before: &Counters) {
 fn nothing_fails_while_the_layout_of_the_tables_changes() {
     let mut scene = Scene::build();
     let ids = scene.ids();
-    let steps: [&[Option_]; 7] = [
+    let steps: [&[Flag]; 7] = [
         &[(LAYOUT_VERSION, "7")],
         &[(LAYOUT_VERSION, "8")],
         &[(LAYOUT_VERSION, "7")],
-        &[("--max-flows", "8192")],
-        &[("--max-flows", "4096")],
+        &[("--max-flows", "131072")],
+        &[("--max-flows", "65536")],
         &[("--max-services", "128"), ("--max-backends", "512")],
-        &[(LAYOUT_VERSION, "9"), ("--max-flows", "6000"), ("--max-services", "96")],
+        &[(LAYOUT_VERSION, "9"), ("--max-flows", "50000"), ("--max-services", "96")],
     ];
     for step in steps {
         let before = scene.rig.counters(0);
@@ -212,25 +215,21 @@ fn nothing_fails_while_the_layout_of_the_tables_changes() {
 #[test]
 fn tables_that_are_too_small_are_refused_by_name_and_harm_nothing() {
     let mut scene = Scene::build();
+    let more: Vec<_> = (10..16).map(|number| Offer::new(number, MORE[usize::from(number) - 10])).collect();
+    for (offer, target) in more.iter().zip(9000..) {
+        let pods = [&scene.rig.node(0).pods[0], &scene.rig.node(1).pods[0]];
+        scene.rig.manifests.apply(&offer.service_to(target).endpoints(pods));
+    }
+    scene.rig.settle();
     let names = scene.names();
     scene.agent().crash();
-    for (option, value, told) in [
-        ("--max-services", "4", "service ports are in use, --max-services is 4"),
-        ("--max-backends", "3", "backends are in use, --max-backends is 3"),
-        ("--max-flows", "4", "entries of connections are in use, --max-flows is 4"),
-    ] {
-        let mut small = scene.rig.agents.remove(0);
-        let old = match option {
-            "--max-services" => "64",
-            "--max-backends" => "256",
-            _ => "4096",
-        };
-        small.set(option, value);
-        small.spawn();
-        small.wait_log(told);
-        assert_eq!(small.ended().code(), Some(64));
-        small.set(option, old);
-        scene.rig.agents.insert(0, small);
+    for (option, old) in [("--max-services", "64"), ("--max-backends", "256"), ("--max-flows", "65536")] {
+        scene.agent().set(option, "16");
+        scene.agent().spawn();
+        scene.agent().wait_log(&format!("in use, {option} is 16"));
+        scene.agent().wait_log("nothing was changed");
+        assert_eq!(scene.agent().ended().code(), Some(64));
+        scene.agent().set(option, old);
         assert_eq!(scene.names(), names, "nothing was changed");
         scene.wait_answers();
     }
@@ -252,11 +251,11 @@ fn an_agent_killed_while_it_takes_over_leaves_a_state_that_the_next_one_ends() {
     ];
     let mut scene = Scene::build();
     let ids = scene.ids();
-    let layouts: [&[Option_]; 5] = [
-        &[(LAYOUT_VERSION, "7"), ("--max-flows", "4096")],
-        &[(LAYOUT_VERSION, "8"), ("--max-flows", "4096")],
-        &[(LAYOUT_VERSION, "8"), ("--max-flows", "8192")],
-        &[(LAYOUT_VERSION, "7"), ("--max-flows", "8192")],
+    let layouts: [&[Flag]; 5] = [
+        &[(LAYOUT_VERSION, "7"), ("--max-flows", "65536")],
+        &[(LAYOUT_VERSION, "8"), ("--max-flows", "65536")],
+        &[(LAYOUT_VERSION, "8"), ("--max-flows", "131072")],
+        &[(LAYOUT_VERSION, "7"), ("--max-flows", "131072")],
         &[(LAYOUT_VERSION, "9"), ("--max-services", "128")],
     ];
     let mut numbers = 0x5eed_u64;

@@ -117,6 +117,7 @@ impl Handover {
     /// To be called when links have been flipped; again, if some were flipped later.
     pub fn finish(&mut self) -> Result<(), Error> {
         let Some(carry) = &mut self.carry else { return Ok(()) };
+        carry.hold_new(deadline())?;
         maps::wait_for_programs();
         carry.merge()?;
         carry.hold_new(Seconds(0))?;
