@@ -30,11 +30,13 @@ pub enum DropReason {
     Redirect,
     /// A transport that services do not support yet, to a frontend's address.
     UnsupportedProtocol,
+    /// A packet that would open or remove a flow while the tables are handed over to another layout; clients send it again.
+    Settling,
 }
 
 impl DropReason {
     /// All of them, in counter order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::NoEndpoint,
         Self::NoLocalEndpoint,
         Self::UnknownPort,
@@ -48,6 +50,7 @@ impl DropReason {
         Self::RewriteFailed,
         Self::Redirect,
         Self::UnsupportedProtocol,
+        Self::Settling,
     ];
 
     /// The name used in metrics and output.
@@ -66,6 +69,7 @@ impl DropReason {
             Self::RewriteFailed => "rewrite_failed",
             Self::Redirect => "redirect",
             Self::UnsupportedProtocol => "unsupported_protocol",
+            Self::Settling => "settling",
         }
     }
 }

@@ -46,7 +46,7 @@ const UPDATE_QUEUE: usize = 4096;
 
 /// Runs the agent until SIGTERM or SIGINT, or until a part fails. The datapath stays in either case.
 pub fn run(config: Config) -> Result<()> {
-    let pins = Pins::new(&config.bpffs);
+    let pins = Pins::new(&config.bpffs).with_version(config.layout_version);
     pins.prepare()?;
     let lock = pins.lock()?;
     let result = runtime()?.block_on(supervise(&config, &pins));
@@ -173,10 +173,12 @@ async fn build(
     };
 
     let (attached_sender, attached) = watch::channel(false);
-    let attachments = attach::Task {
+    let mut attachments = attach::Task {
         sockets: sockets(config, pins)?,
         devices: DeviceLinks::new(pins, netns, config.devices.clone(), loaded.programs, &loaded.maps)?,
         continuations: loaded.continuations,
+        handover: loaded.handover,
+        has_left_earlier: false,
         network: network.clone(),
         facts: facts.clone(),
         is_adopted: loaded.adopted,
@@ -184,6 +186,7 @@ async fn build(
         attached: attached_sender,
     };
     let refused = attachments.devices.watch_refused();
+    attachments.take_over()?;
     Tables::register(&mut registry, loaded.maps, pins.clone(), sweep.watch());
     let health = Health::new(status.clone(), attached.clone(), progress, drain.clone());
     health.register(&mut registry);

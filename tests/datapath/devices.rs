@@ -17,7 +17,9 @@ const SIZES: Sizes = Sizes { services: 64, backends: 64, flows: 64 };
 
 /// The records of devices, by interface index: the bridge's index and the MAC address that is looked at.
 pub fn records(node: &Lone) -> HashMap<u32, (u32, [u8; 6])> {
-    let data = MapData::from_pin(node.pins().map("devices")).expect("the map is pinned");
+    let pins = node.pins();
+    let layout = pins.current().expect("layouts can be listed").expect("there is one");
+    let data = MapData::from_pin(pins.maps(layout).join("devices")).expect("the map is pinned");
     let map = BpfHashMap::<_, u32, DeviceRecord>::try_from(Map::HashMap(data)).expect("its layout is known");
     let record = |(index, record): (u32, DeviceRecord)| {
         let bytes: Vec<u8> = record.mac.iter().flat_map(|word| word.to_ne_bytes()).collect();

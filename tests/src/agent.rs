@@ -15,6 +15,8 @@ use crate::topology::{Cluster, Node};
 
 /// What the agent logs when the tables are as its sources want them for the first time.
 const APPLIED: &str = "first plan applied";
+/// The option of agents and commands by which the layout of the tables has another version.
+pub const LAYOUT_VERSION: &str = "--layout-version";
 /// The commands whose output is shown when a test fails.
 const STATE: [&str; 4] = ["status", "services", "backends", "flows"];
 
@@ -75,11 +77,12 @@ impl Agent {
         self
     }
 
-    /// From the next start on, an option that it has got has this value.
-    #[track_caller]
+    /// From the next start on, an option has this value.
     pub fn set(&mut self, option: &str, value: impl Into<OsString>) {
-        let position = self.args.iter().position(|arg| arg == option).expect("it has the option");
-        self.args[position + 1] = value.into();
+        match self.args.iter().position(|arg| arg == option) {
+            Some(position) => self.args[position + 1] = value.into(),
+            None => self.args.extend([option.into(), value.into()]),
+        }
     }
 
     /// From the next start on, this program is run.
@@ -134,11 +137,21 @@ impl Agent {
         process.wait()
     }
 
+    /// How it ended by itself.
+    #[track_caller]
+    pub fn ended(&mut self) -> ExitStatus {
+        self.process.take().expect("the agent was started").wait()
+    }
+
     /// What a `shunt` subcommand prints on this node; panics if it fails.
     #[track_caller]
     pub fn shunt<const N: usize>(&self, words: [&str; N]) -> String {
         let mut command = self.command(words[0]);
         command.args(&words[1..]);
+        // What the tables are called is for all to know.
+        if let Some(position) = self.args.iter().position(|arg| arg == LAYOUT_VERSION) {
+            command.args(&self.args[position..position + 2]);
+        }
         self.place.ns().feed(command, "")
     }
 

@@ -11,6 +11,7 @@
 //! | [`source`] | what backends see as their client; traffic policies |
 //! | [`refusal`] | who is refused, who is dropped, and what counts it |
 //! | [`change`] | endpoints and frontends that come and go under traffic |
+//! | [`layout`] | tables of another version, of other sizes, under traffic |
 //! | [`flood`] | a million forged SYNs beside live connections |
 //! | [`xdp`] | the same with XDP on the uplink |
 //!
@@ -21,6 +22,7 @@ mod change;
 mod flood;
 mod fragment;
 mod hairpin;
+mod layout;
 mod ports;
 mod reach;
 mod refusal;

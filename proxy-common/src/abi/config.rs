@@ -2,6 +2,7 @@
 
 use super::abi;
 use crate::addr::Addr;
+use crate::lb::flow::Seconds;
 
 /// Prefixes of one kind that fit into [`Config`].
 pub const MAX_CIDRS: usize = 8;
@@ -27,7 +28,7 @@ impl Cidr {
 
 abi! {
     /// Configuration of the programs.
-    pub struct Config [808] {
+    pub struct Config [816] {
         /// Key of the pick hash; drawn once and kept over restarts, so that picks are stable.
         pub hash_key: [u64; 2],
         /// SO_NETNS_COOKIE of the node's network namespace.
@@ -50,6 +51,11 @@ abi! {
         pub pod_cidr_count: u8,
         /// Zero.
         pub reserved: u8,
+        /// Until this second ([`Seconds`]) flows are neither opened nor removed: the tables are being handed over to another
+        /// layout. Zero otherwise. It ends by itself, so that an agent that dies meanwhile leaves nobody waiting.
+        pub settles_at: u32,
+        /// Zero.
+        pub unused: u32,
         /// ServiceCIDRs of the cluster.
         pub service_cidrs: [Cidr; MAX_CIDRS],
         /// `--cluster-cidr`.
@@ -64,6 +70,12 @@ impl Config {
     pub const SOCKETS_HOST_ONLY: u32 = 1;
     /// Socket hooks serve nobody (`--socket-lb off`).
     pub const SOCKETS_OFF: u32 = 1 << 1;
+
+    /// True while flows are neither opened nor removed.
+    #[inline(always)]
+    pub const fn is_settling(&self, now: Seconds) -> bool {
+        now.0 < self.settles_at
+    }
 
     /// True if any of `flags` is set.
     #[inline(always)]

@@ -54,6 +54,9 @@ pub struct Rewrite {
 
 const PASS: Verdict = Verdict::Pass;
 
+/// While the tables are handed over to another layout, they stay as they are: what would open or remove a flow comes again.
+const HELD: Verdict = Verdict::Refuse(DropReason::Settling, Refusal::Drop);
+
 // What only opening, promoting and ending a flow need is marked `inline(never)`: in the kernel half each such function
 // takes its turn on a stack of 512 bytes. Everything else is inlined, so that a decision stays in registers.
 
@@ -318,7 +321,14 @@ fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: P
         Known::Clash => Step::Open { clash: true },
         Known::Other => Step::Done(PASS),
         Known::Stray => Step::Done(Verdict::Refuse(DropReason::NoConnection, Refusal::Drop)),
+        Known::Held => Step::Done(HELD),
     }
+}
+
+/// True while the tables are handed over to another layout. Asked only where a flow would be opened or removed.
+#[inline(never)]
+fn is_settling<F: Flows>(flows: &F) -> bool {
+    flows.config().is_some_and(|config| config.is_settling(flows.now()))
 }
 
 #[inline(never)]
@@ -408,6 +418,8 @@ enum Known {
     Other,
     /// What the client says to an answer that was another connection's.
     Stray,
+    /// It would end the flow, which must stay for now.
+    Held,
 }
 
 /// A packet from a client: of which flow, and what it changes about it.
@@ -426,6 +438,9 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
     let gone = (opens || !is_tcp) && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite);
     if opens || closes || !established || gone {
         let Some(plain) = plain_entry(flows, packet, &rewrite) else {
+            if is_settling(flows) {
+                return Known::Held;
+            }
             remove_front(flows, packet);
             return Known::Nothing;
         };
@@ -436,6 +451,9 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
         }
         let anew = opens && (hot.is_finished() || Proof(plain.proof()).is_other_syn(packet.sequence));
         if gone || clash || anew {
+            if is_settling(flows) {
+                return Known::Held;
+            }
             remove_flow(flows, &packet.tuple, &rewrite, plain);
             return if clash { Known::Clash } else { Known::Nothing };
         }
@@ -635,15 +653,18 @@ pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result
     if (!opens || !is_tcp) && flows.tracked(tuple) == Tracked::Translated {
         return Err(PASS);
     }
+    if !is_tcp && frontend.by_node_port && flows.has_connected_socket(tuple) {
+        return Err(PASS);
+    }
+    if is_settling(flows) {
+        return Err(HELD);
+    }
     if !opens {
         return Err(if frontend.value.has(FrontendValue::CLUSTER_IP) {
             Verdict::Refuse(DropReason::NoConnection, Refusal::Reject)
         } else {
             PASS
         });
-    }
-    if !is_tcp && frontend.by_node_port && flows.has_connected_socket(tuple) {
-        return Err(PASS);
     }
     backend(flows, packet, frontend, if clash { FlowValue::ALIAS } else { 0 })
 }
@@ -653,6 +674,9 @@ pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result
 fn no_frontend<F: Flows>(flows: &F, packet: &Parsed, opens: bool) -> Verdict {
     if (!opens || packet.tuple.proto != Proto::TCP) && flows.tracked(&packet.tuple) == Tracked::Translated {
         return PASS;
+    }
+    if !opens && is_settling(flows) {
+        return HELD;
     }
     Verdict::Refuse(DropReason::UnknownPort, Refusal::Reject)
 }
@@ -763,6 +787,7 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
     }
     match clash_of(flows, tuple) {
         Clash::None => return Err(PASS),
+        Clash::Over | Clash::Alive if is_settling(flows) => return Err(HELD),
         Clash::Over => {
             forget_over(flows, tuple);
             return Err(PASS);

@@ -652,6 +652,40 @@ fn a_repeated_syn_keeps_its_backend_and_one_after_the_end_picks_anew() {
     assert_eq!(established(&world), 0, "{entries} entries of the old connection are gone");
 }
 
+/// Until the clock says so, flows stay as they are: nothing opens one, nothing ends one, and those that there are go on.
+#[test]
+fn while_the_tables_are_handed_over_flows_are_neither_opened_nor_removed() {
+    const HELD: (DropReason, Refusal) = (DropReason::Settling, Refusal::Drop);
+    let mut world = with_service(Proto::TCP);
+    let over = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
+    let living = open(&world, tuple("203.0.113.5", 4001, "192.0.2.1", 30080, Proto::TCP));
+    send(&world, &over, tcp::FIN | tcp::ACK, 507);
+    reply(&world, &over, tcp::FIN | tcp::ACK, 507);
+    let (entries, pending) = (established(&world), world.pending.borrow().len());
+
+    world.config.settles_at = world.now.get().0 + 1;
+    let fresh = |dst, port| tuple("203.0.113.5", 4002, dst, port, Proto::TCP);
+    for (dst, port) in [("192.0.2.1", 30080), ("10.96.0.10", 80)] {
+        assert_eq!(dial(&world, fresh(dst, port)).err(), Some(HELD), "a new one");
+        let ack = packet(&fresh(dst, port), tcp::ACK, 1, 1, b"data");
+        assert_eq!(enters(&world, ack), Err(HELD), "one that nobody knows may be known elsewhere");
+    }
+    let unknown = packet(&fresh("10.96.0.10", 81), tcp::ACK, 1, 1, b"data");
+    assert_eq!(enters(&world, unknown), Err(HELD));
+    assert_eq!(dial(&world, over.dialled).err(), Some(HELD), "it would take the place of one that is over");
+    assert_eq!(dial(&world, living.dialled).expect("a repeated SYN").seen, living.seen);
+    send(&world, &living, tcp::ACK, 507);
+    reply(&world, &living, tcp::ACK, 507);
+    let syn = |dst, port| packet(&fresh(dst, port), tcp::SYN, 1, 0, b"");
+    assert_eq!(enters(&world, syn("10.96.0.10", 81)), Err((DropReason::UnknownPort, Refusal::Reject)));
+    assert_eq!(enters(&world, syn("192.0.2.1", 22)), Ok(syn("192.0.2.1", 22)), "not ours");
+    assert_eq!((established(&world), world.pending.borrow().len()), (entries, pending));
+
+    world.now.set(Seconds(world.config.settles_at));
+    assert!(dial(&world, fresh("192.0.2.1", 30080)).is_ok(), "it ends by itself");
+    assert!(dial(&world, over.dialled).is_ok());
+}
+
 #[test]
 fn rewritten_sources_are_unique_to_the_last_port_and_then_refused() {
     let mut world = World::new();

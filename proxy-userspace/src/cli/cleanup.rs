@@ -18,9 +18,9 @@ pub(super) fn run(bpffs: &Path) -> Result<()> {
     let detached = attach::detach_all(&pins)?;
     node::release_ports(&pins)?;
     let layouts = pins.layouts()?;
-    for directory in layouts.iter().chain([&pins.continuations()]) {
-        pins::remove_layout(directory)?;
-    }
+    layouts.iter().try_for_each(|layout| pins.remove(*layout))?;
+    pins.clear_remains()?;
+    pins::remove_layout(&pins.continuations())?;
     // The lock is an open directory: it would keep the mount busy.
     drop(lock);
     pins.remove_directories()?;

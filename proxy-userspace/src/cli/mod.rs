@@ -86,6 +86,9 @@ struct PinArgs {
     /// Where they are pinned
     #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
     bpffs: PathBuf,
+    /// As the agent's
+    #[arg(long, value_name = "N", hide = true)]
+    layout_version: Option<u32>,
 }
 
 /// What is shown, and how.
@@ -139,7 +142,9 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
-    let is_usage = error.is::<config::Errors>() || error.is::<kernel::Unsupported>();
+    let is_usage = error.is::<config::Errors>()
+        || error.is::<kernel::Unsupported>()
+        || matches!(error.downcast_ref(), Some(kernel::Error::TooSmall(_)));
     if is_usage { ExitCode::from(BAD_USAGE) } else { ExitCode::FAILURE }
 }
 

@@ -19,10 +19,14 @@ use crate::planner::{BackendId, ServiceId, Tables};
 use crate::telemetry::admin::{self, Report};
 
 fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
-    let pins = Pins::new(&args.pins.bpffs);
+    let pins = Pins::new(&args.pins.bpffs).with_version(args.pins.layout_version);
     let maps = MapFds::open_pinned(&pins)?;
-    maps.get("services").with_context(|| {
-        format!("nothing is pinned below {}; does an agent run here, or with another --bpffs?", pins.base().display())
+    let others = pins.layouts()?;
+    maps.get("services").with_context(|| match others.last() {
+        Some(other) => format!("tables of layout version {} cannot be read by this program", other.version),
+        None => {
+            format!("nothing is pinned below {}; does an agent run here, or with another --bpffs?", pins.base().display())
+        }
     })?;
     Ok((pins, maps))
 }
@@ -73,7 +77,7 @@ fn status_view(pins: &Pins, maps: &MapFds) -> Result<StatusView> {
     let (pending, pending_capacity) = inspect::count(maps, "flows_pending")?;
     let drops = inspect::read_drops(maps)?;
     Ok(StatusView {
-        layout: proxy_common::abi::ABI_VERSION,
+        layout: pins.current()?.map_or(pins.version(), |layout| layout.version),
         agent: matches!(pins.lock(), Err(pins::Error::Locked(_))),
         socket_hooks: pins::list(&pins.cgroup_links())?.len(),
         devices: inspect::attached(pins)?.into_iter().map(device_name).collect(),

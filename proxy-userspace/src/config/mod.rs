@@ -40,6 +40,8 @@ pub struct Config {
     pub sizes: Sizes,
     /// Pin directory.
     pub bpffs: PathBuf,
+    /// Version of the tables' layout, if not this program's own.
+    pub layout_version: Option<u32>,
     /// Admin socket.
     pub admin_socket: PathBuf,
     /// Where health is served.
@@ -145,6 +147,7 @@ impl Config {
             snat_ports,
             sizes,
             bpffs: flags.bpffs,
+            layout_version: flags.layout_version,
             admin_socket: flags.admin_socket,
             healthz,
             metrics,

@@ -137,6 +137,10 @@ pub struct AgentFlags {
     #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS, help_heading = "Datapath")]
     pub bpffs: PathBuf,
 
+    /// Call the layout of the tables by this version, for tests of what happens when the version changes
+    #[arg(long, value_name = "N", hide = true)]
+    pub layout_version: Option<u32>,
+
     /// Where `shunt status` asks the agent; for root only
     #[arg(long, value_name = "PATH", default_value = DEFAULT_ADMIN_SOCKET, help_heading = "Serving")]
     pub admin_socket: PathBuf,

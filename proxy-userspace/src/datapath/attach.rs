@@ -25,6 +25,7 @@ use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use super::device::{Attachment, Choice, Device, Xdp, decide_attachment, wants_xdp};
+use super::handover::{self, Handover};
 use super::kernel::{self, Continuations, MapFds, Programs};
 use super::maps::{self, Table};
 use super::network::Network;
@@ -41,6 +42,9 @@ pub enum Error {
     /// The pin directory.
     #[error(transparent)]
     Pins(#[from] pins::Error),
+    /// The tables that an earlier agent left in another layout.
+    #[error(transparent)]
+    Handover(#[from] handover::Error),
     /// A program or a map is missing.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
@@ -569,11 +573,15 @@ pub struct Task {
     pub devices: DeviceLinks,
     /// What the programs go on in.
     pub continuations: Continuations,
+    /// What is to be done besides, if earlier programs have tables of another layout.
+    pub handover: Option<Handover>,
+    /// All that earlier programs used has been removed.
+    pub has_left_earlier: bool,
     /// Devices of the node.
     pub network: watch::Receiver<Network>,
     /// Which of them is an uplink.
     pub facts: watch::Receiver<Arc<NodeFacts>>,
-    /// Programs of an earlier agent are running: they are replaced at once, without waiting for `status`.
+    /// Programs of an earlier agent were running and have been replaced ([`Self::take_over`]).
     pub is_adopted: bool,
     /// Tells when the tables are worth attaching to.
     pub status: watch::Receiver<Arc<Status>>,
@@ -590,8 +598,8 @@ impl Task {
                 result = self.status.wait_for(|status| status.is_serving) => if result.is_err() { return Ok(()) },
                 () = drain.wait() => return Ok(()),
             }
+            self.flip()?;
         }
-        self.flip()?;
         let mut backoff = Backoff::default();
         loop {
             let network = self.network.borrow_and_update().clone();
@@ -599,6 +607,7 @@ impl Task {
             let errors = self.devices.follow(&network, &facts);
             let retry = if errors.is_empty() {
                 backoff = Backoff::default();
+                self.leave_earlier()?;
                 self.attached.send_replace(true);
                 Duration::MAX
             } else {
@@ -616,11 +625,20 @@ impl Task {
         }
     }
 
+    /// Puts our programs in the place of an earlier agent's, without waiting for `status`: before anything writes the
+    /// tables, which may be others than theirs from now on.
+    pub fn take_over(&mut self) -> Result<(), Error> {
+        if self.is_adopted { self.flip() } else { Ok(()) }
+    }
+
     /// Puts our programs behind all links that exist, and attaches the socket hooks.
     fn flip(&mut self) -> Result<(), Error> {
         let network = self.network.borrow().clone();
         let facts = self.facts.borrow().clone();
         self.continuations.pin(&self.devices.pins)?;
+        if let Some(handover) = &mut self.handover {
+            handover.close()?;
+        }
         let mut is_complete = true;
         for direction in Direction::ORDER {
             if let Some(sockets) = &self.sockets {
@@ -635,9 +653,28 @@ impl Task {
             detach_sockets(&self.devices.pins)?;
         }
         if is_complete {
-            self.continuations.prune_others(&self.devices.pins)?;
-            self.devices.pins.remove_other_layouts()?;
+            return self.leave_earlier();
         }
+        if let Some(handover) = &mut self.handover {
+            handover.finish()?;
+        }
+        Ok(())
+    }
+
+    /// No link runs earlier programs any more: what those used goes.
+    fn leave_earlier(&mut self) -> Result<(), Error> {
+        if self.has_left_earlier {
+            return Ok(());
+        }
+        if let Some(mut handover) = self.handover.take() {
+            handover.finish()?;
+        }
+        let pins = &self.devices.pins;
+        self.continuations.prune_others(pins)?;
+        if let Some(own) = pins.current()? {
+            pins.remove_other_layouts(own)?;
+        }
+        self.has_left_earlier = true;
         Ok(())
     }
 }

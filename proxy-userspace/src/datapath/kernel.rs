@@ -1,22 +1,27 @@
 //! The BPF object in the kernel: its maps, pinned and checked, and its programs, loaded and ready to be attached.
 //!
-//! A map that is already pinned is adopted if it is what the object declares, in every property; aya would take any.
-//! May touch: the pin directory of the layout, the kernel's BPF objects. Attaches nothing (`attach`), writes no entry (`maps`).
+//! Maps that are already pinned are adopted if they are what the object declares, in every property; aya would take any. If
+//! they are not, a layout is prepared beside them, with the entries they have, and taken up when links run the new programs
+//! (`handover`).
+//! May touch: the pin directory, the kernel's BPF objects. Attaches nothing (`attach`), writes no entry (`maps`, `carry`).
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aya::maps::Map;
 use aya::programs::{Program, ProgramError};
 use aya::{EbpfError, EbpfLoader};
 use proxy_common::continuation::Continuation;
+use tracing::warn;
 
 use super::btf::{self, Field};
+use super::carry;
+use super::handover::Handover;
 use super::kfunc::{self, KFUNCS, Kfunc};
-use super::pins::{self, Pins};
+use super::layout::{self, Excess, Mismatch, Step};
+use super::pins::{self, Layout, Pins};
 use super::sys::{self, MapInfo};
 
 /// Why the datapath could not be brought into the kernel.
@@ -31,9 +36,15 @@ pub enum Error {
     /// The kernel's types.
     #[error(transparent)]
     Btf(#[from] btf::Error),
-    /// What is pinned was made by another build or with other sizes.
-    #[error("what is pinned has another layout: {}; start with the sizes it has, or run `shunt cleanup` first", join(.0))]
+    /// What is pinned was made by another build, which calls itself the same version.
+    #[error("what is pinned has other records: {}; run `shunt cleanup` first", join(.0))]
     Layout(Vec<Mismatch>),
+    /// What is in use does not fit the wanted sizes.
+    #[error("{}; nothing was changed", join(.0))]
+    TooSmall(Vec<Excess>),
+    /// Entries of another layout could not be taken over.
+    #[error("cannot take over the tables of another layout")]
+    Carry(#[source] Box<carry::Error>),
     /// The object cannot be parsed.
     #[error("the BPF object is not readable")]
     Object(#[source] aya_obj::ParseError),
@@ -91,27 +102,8 @@ pub fn probe_tcx(classifier: BorrowedFd<'_>) -> Result<(), Unsupported> {
     }
 }
 
-/// A pinned map that is not what the object declares.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mismatch {
-    /// Map name.
-    pub map: String,
-    /// Property by which it differs.
-    pub property: &'static str,
-    /// As pinned.
-    pub pinned: u32,
-    /// As the object wants it.
-    pub wanted: u32,
-}
-
-impl fmt::Display for Mismatch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {} is {}, wanted {}", self.property, self.map, self.pinned, self.wanted)
-    }
-}
-
-fn join(mismatches: &[Mismatch]) -> String {
-    mismatches.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+fn join(items: &[impl ToString]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// Capacities that an operator may choose.
@@ -164,14 +156,35 @@ impl MapFds {
         sys::duplicate(self.get(name)?).map_err(on_map("duplicate", name))
     }
 
-    /// Opens what is pinned, for a reader without the object.
+    /// Opens the layout that counts, for a reader without the object. Nothing, if there is none.
     pub fn open_pinned(pins: &Pins) -> Result<Self, Error> {
+        loop {
+            let Some(layout) = pins.current()? else { return Ok(Self(BTreeMap::new())) };
+            match Self::open_in(&pins.maps(layout)) {
+                // It was left just now, for another.
+                Err(Error::Map { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound && pins.current()? != Some(layout) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Opens all maps of a directory.
+    fn open_in(directory: &Path) -> Result<Self, Error> {
         let mut maps = BTreeMap::new();
-        for path in pins::list(&pins.maps())? {
+        for path in pins::list(directory)? {
             let Some(name) = pins::file_name(&path) else { continue };
             maps.insert(name.to_owned(), sys::open_pin(&path).map_err(on_map("open", name))?);
         }
         Ok(Self(maps))
+    }
+
+    /// What they are.
+    fn describe(&self) -> Result<layout::Maps, Error> {
+        let describe = |(name, fd): (&str, BorrowedFd<'_>)| {
+            Ok((name.to_owned(), sys::map_info(fd).map_err(on_map("examine", name))?))
+        };
+        self.iter().map(describe).collect()
     }
 
     /// Names and descriptors of all.
@@ -203,8 +216,10 @@ pub struct Loaded {
     pub continuations: Continuations,
     /// Kernel functions that the kernel lacks; the programs do without.
     pub missing_kfuncs: Vec<Kfunc>,
-    /// True if the maps of an earlier agent were there.
+    /// True if the entries of an earlier agent are there.
     pub adopted: bool,
+    /// What is left to do when these programs take the place of those of another layout.
+    pub handover: Option<Handover>,
 }
 
 pub(super) fn on_map(action: &'static str, name: &str) -> impl FnOnce(io::Error) -> Error {
@@ -276,22 +291,115 @@ impl Continuations {
 
 /// Loads `object`: adopts or makes its maps below `pins`, loads its programs.
 ///
-/// Errors: see [`Error`]; [`Error::Layout`] leaves everything as it was.
+/// Errors: see [`Error`]; all of them leave everything as it was.
 pub fn load(object: &[u8], pins: &Pins, sizes: &Sizes) -> Result<Loaded, Error> {
-    let declared = declared_maps(object, sizes)?;
-    let adopted = check_pinned(pins, &declared)?;
-    let kernel = btf::Answers::of_kernel(&KFUNCS.map(|kfunc| kfunc.name), &[CONNTRACK_STATUS])?;
-    let mut patched = object.to_vec();
-    let missing_kfuncs = kfunc::resolve(&mut patched, |name| kernel.function(name))?;
-    let mut ebpf = make_maps(&patched, pins, sizes, &kernel, &declared)?;
-    let programs = load_programs(&mut ebpf)?;
-    let continuations = Continuations::fill(&ebpf, &programs)?;
-    let maps = open_maps(pins, &declared)?;
-    Ok(Loaded { maps, programs, continuations, missing_kfuncs, adopted })
+    let loader = Loader::new(object, sizes)?;
+    pins.clear_remains()?;
+    let mut layouts = pins.readable_layouts()?;
+    let Some(current) = layouts.pop() else { return loader.begin(pins) };
+    let maps = MapFds::open_in(&pins.maps(current))?;
+    for older in layouts {
+        finish_interrupted(pins, older, &maps)?;
+    }
+    let pinned = maps.describe()?;
+    if current.version == pins.version() && layout::fits(&pinned, &loader.declared) {
+        return loader.load(&pins.maps(current), true);
+    }
+    loader.take_over(pins, current, &maps, &pinned, sizes)
+}
+
+/// An agent died before all links ran the programs of the layout that counts: what the others did is added to it. (Which
+/// links run which programs is known when they are replaced; until then the older layout stays.)
+fn finish_interrupted(pins: &Pins, older: Layout, current: &MapFds) -> Result<(), Error> {
+    let older_maps = MapFds::open_in(&pins.maps(older))?;
+    let (old, new) = (older_maps.describe()?, current.describe()?);
+    // What has the same id is one map. What only the agent writes is newer where it counts, what was counted is not known.
+    let differs = |name: &&str| match (old.get(*name), new.get(*name)) {
+        (Some(old), Some(new)) => old.id != new.id,
+        _ => false,
+    };
+    let names: Vec<_> = carry::ORDER.into_iter().filter(|name| !name.ends_with("_counters")).filter(differs).collect();
+    let carried = carry::Carry::open(&older_maps, older.version, current, &names).and_then(|mut carry| carry.merge());
+    carried.map_err(|error| Error::Carry(Box::new(error)))
+}
+
+/// The object, read and fitted to this kernel.
+struct Loader {
+    object: Vec<u8>,
+    sizes: Sizes,
+    declared: layout::Maps,
+    kernel: btf::Answers,
+    missing_kfuncs: Vec<Kfunc>,
+}
+
+impl Loader {
+    fn new(object: &[u8], sizes: &Sizes) -> Result<Self, Error> {
+        let declared = declared_maps(object, sizes)?;
+        let kernel = btf::Answers::of_kernel(&KFUNCS.map(|kfunc| kfunc.name), &[CONNTRACK_STATUS])?;
+        let mut object = object.to_vec();
+        let missing_kfuncs = kfunc::resolve(&mut object, |name| kernel.function(name))?;
+        Ok(Self { object, sizes: *sizes, declared, kernel, missing_kfuncs })
+    }
+
+    /// Maps in `directory`, where some or all may be pinned already, and programs.
+    fn load(self, directory: &Path, adopted: bool) -> Result<Loaded, Error> {
+        let mut ebpf = make_maps(&self.object, directory, &self.sizes, &self.kernel, &self.declared)?;
+        let programs = load_programs(&mut ebpf)?;
+        let continuations = Continuations::fill(&ebpf, &programs)?;
+        let maps = open_maps(directory, &self.declared)?;
+        Ok(Loaded { maps, programs, continuations, missing_kfuncs: self.missing_kfuncs, adopted, handover: None })
+    }
+
+    /// There is nothing to take over. What there may be is of a version that cannot be read; it counts for those who read it
+    /// until links run these programs.
+    fn begin(self, pins: &Pins) -> Result<Loaded, Error> {
+        let foreign = pins.layouts()?;
+        let directory = pins.begin_preparation()?;
+        let mut handover = Handover::prepare(pins);
+        let loaded = self.load(&directory, false)?;
+        if foreign.is_empty() {
+            handover.commit()?;
+            return Ok(loaded);
+        }
+        let names: Vec<_> = foreign.iter().map(ToString::to_string).collect();
+        warn!(layouts = names.join(", "), "tables of a version that cannot be read: flows are not taken over");
+        Ok(Loaded { handover: Some(handover), ..loaded })
+    }
+
+    /// Another layout takes over from the current one.
+    fn take_over(
+        self,
+        pins: &Pins,
+        current: Layout,
+        maps: &MapFds,
+        pinned: &layout::Maps,
+        sizes: &Sizes,
+    ) -> Result<Loaded, Error> {
+        let steps = match current.version == pins.version() {
+            true => layout::steps(pinned, &self.declared).map_err(Error::Layout)?,
+            false => layout::steps_from_other_version(pinned, &self.declared),
+        };
+        let of_kind = |kind| steps.iter().filter(move |(_, step)| **step == kind).map(|(name, _)| name.as_str());
+        let copied: Vec<_> = of_kind(Step::Copy).collect();
+        let carried = |error| Error::Carry(Box::new(error));
+        let usage = carry::usage(maps, current.version, copied.contains(&"flows")).map_err(carried)?;
+        let excesses = layout::check(&usage, sizes);
+        if !excesses.is_empty() {
+            return Err(Error::TooSmall(excesses));
+        }
+        let directory = pins.begin_preparation()?;
+        let handover = Handover::prepare(pins);
+        for name in of_kind(Step::Share) {
+            sys::pin(maps.get(name)?, &directory.join(name)).map_err(on_map("pin", name))?;
+        }
+        let mut loaded = self.load(&directory, true)?;
+        loaded.handover = Some(handover.begin(maps, current, &loaded.maps, &copied).map_err(carried)?);
+        Ok(loaded)
+    }
 }
 
 /// The shared maps as the object declares them, with their capacities, by name.
-fn declared_maps(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, MapInfo>, Error> {
+fn declared_maps(object: &[u8], sizes: &Sizes) -> Result<layout::Maps, Error> {
     let parsed = aya_obj::Object::parse(object).map_err(Error::Object)?;
     let sizes: BTreeMap<_, _> = sizes.by_map().into_iter().collect();
     let declare = |(name, map): (String, aya_obj::Map)| {
@@ -309,50 +417,15 @@ fn declared_maps(object: &[u8], sizes: &Sizes) -> Result<BTreeMap<String, MapInf
     Ok(parsed.maps.into_iter().filter(is_shared).map(declare).collect())
 }
 
-/// True if something is pinned and all of it is as declared; false if nothing is pinned.
-fn check_pinned(pins: &Pins, declared: &BTreeMap<String, MapInfo>) -> Result<bool, Error> {
-    let mut any = false;
-    let mut mismatches = Vec::new();
-    for (name, wanted) in declared {
-        let Some(pinned) = open_if_pinned(pins, name)? else {
-            continue;
-        };
-        any = true;
-        let pinned = sys::map_info(pinned.as_fd()).map_err(on_map("examine", name))?;
-        mismatches.extend(compare(name, &pinned, wanted));
-    }
-    if mismatches.is_empty() { Ok(any) } else { Err(Error::Layout(mismatches)) }
-}
-
-fn open_if_pinned(pins: &Pins, name: &str) -> Result<Option<OwnedFd>, Error> {
-    match sys::open_pin(&pins.map(name)) {
-        Ok(fd) => Ok(Some(fd)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(on_map("open", name)(source)),
-    }
-}
-
-fn compare(name: &str, pinned: &MapInfo, wanted: &MapInfo) -> Vec<Mismatch> {
-    let properties = [
-        ("type", pinned.kind, wanted.kind),
-        ("key size", pinned.key_size, wanted.key_size),
-        ("value size", pinned.value_size, wanted.value_size),
-        ("capacity", pinned.max_entries, wanted.max_entries),
-        ("flags", pinned.flags, wanted.flags),
-    ];
-    let differs = properties.into_iter().filter(|(_, pinned, wanted)| pinned != wanted);
-    differs.map(|(property, pinned, wanted)| Mismatch { map: name.to_owned(), property, pinned, wanted }).collect()
-}
-
 /// The field of a connection of the kernel's conntrack that says how it is translated.
 const CONNTRACK_STATUS: Field = Field { structure: "nf_conn", field: "status" };
 
 fn make_maps(
     object: &[u8],
-    pins: &Pins,
+    directory: &Path,
     sizes: &Sizes,
     kernel: &btf::Answers,
-    declared: &BTreeMap<String, MapInfo>,
+    declared: &layout::Maps,
 ) -> Result<aya::Ebpf, Error> {
     let mut loader = EbpfLoader::new();
     // No program reads kernel structures by BTF: nothing to relocate.
@@ -361,7 +434,7 @@ fn make_maps(
         loader.map_max_entries(name, capacity);
     }
     for name in declared.keys() {
-        loader.map_pin_path(name, pins.map(name));
+        loader.map_pin_path(name, directory.join(name));
     }
     // Zero: not known, the programs then take every connection for untranslated.
     let status = kernel.offset(CONNTRACK_STATUS).unwrap_or(0);
@@ -389,9 +462,9 @@ fn load_program(program: &mut Program) -> Result<OwnedFd, ProgramError> {
 }
 
 /// Opens the declared maps by their pins, so that no aya wrapper has to be unpacked.
-fn open_maps(pins: &Pins, declared: &BTreeMap<String, MapInfo>) -> Result<MapFds, Error> {
+fn open_maps(directory: &Path, declared: &layout::Maps) -> Result<MapFds, Error> {
     let open = |name: &String| {
-        let fd = sys::open_pin(&pins.map(name)).map_err(on_map("open", name))?;
+        let fd = sys::open_pin(&directory.join(name)).map_err(on_map("open", name))?;
         Ok((name.clone(), fd))
     };
     declared.keys().map(open).collect::<Result<_, _>>().map(MapFds)
@@ -400,31 +473,6 @@ fn open_maps(pins: &Pins, declared: &BTreeMap<String, MapInfo>) -> Result<MapFds
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const PINNED: MapInfo = MapInfo { id: 7, kind: 1, key_size: 4, value_size: 8, max_entries: 16, flags: 0 };
-
-    #[test]
-    fn every_property_but_the_id_counts() {
-        assert_eq!(compare("m", &PINNED, &MapInfo { id: 0, ..PINNED }), []);
-        let others = [
-            MapInfo { kind: 2, ..PINNED },
-            MapInfo { key_size: 8, ..PINNED },
-            MapInfo { value_size: 9, ..PINNED },
-            MapInfo { max_entries: 17, ..PINNED },
-            MapInfo { flags: 1, ..PINNED },
-        ];
-        for wanted in others {
-            assert_eq!(compare("m", &PINNED, &wanted).len(), 1, "{wanted:?}");
-        }
-    }
-
-    #[test]
-    fn a_mismatch_names_map_property_and_both_values() {
-        let mismatches = compare("flows", &PINNED, &MapInfo { max_entries: 32, ..PINNED });
-        let text = Error::Layout(mismatches).to_string();
-        assert!(text.contains("capacity of flows is 16, wanted 32"), "{text}");
-        assert!(text.contains("shunt cleanup"), "{text}");
-    }
 
     #[test]
     fn sizes_saturate_rather_than_wrap() {

@@ -164,6 +164,11 @@ impl<K: Pod, V: Pod> Table<K, V> {
         Ok(found.then_some(value[0]))
     }
 
+    /// Writes an entry if there is none with its key; false if there is.
+    pub(super) fn insert(&self, key: &K, value: &V) -> Result<bool, Error> {
+        sys::map_insert(self.fd.as_fd(), key, value).map_err(|source| self.refused(source))
+    }
+
     pub(super) fn remove(&self, key: &K) -> Result<bool, Error> {
         sys::map_delete(self.fd.as_fd(), key).map_err(|source| self.refused(source))
     }
@@ -384,6 +389,8 @@ impl KernelMaps {
         if config.hash_key == [0; 2] {
             config.hash_key = node.new_hash_key;
         }
+        // An agent that died while it handed over may have left it.
+        config.settles_at = 0;
         config.node_netns = node.netns;
         config.flags = node.flags;
         (config.snat_first, config.snat_last) = (node.snat.0.0, node.snat.1.0);
@@ -519,6 +526,24 @@ impl<V: Pod> PerCpu<V> {
             };
         }
         sys::map_update_slice(self.table.fd.as_fd(), &index, &copies).map_err(|source| self.table.refused(source))
+    }
+
+    /// Sets the words of the first CPU's copy and clears the others.
+    pub(super) fn set_words(&self, index: u32, counts: &[u64]) -> Result<(), Error> {
+        self.check(index)?;
+        let mut copies = vec![0u64; size_of::<V>().div_ceil(8) * self.cpus];
+        copies.iter_mut().zip(counts).for_each(|(word, count)| *word = *count);
+        sys::map_update_slice(self.table.fd.as_fd(), &index, &copies).map_err(|source| self.table.refused(source))
+    }
+
+    /// Adds to the words of the first CPU's copy. What programs count meanwhile is lost.
+    pub(super) fn add_words(&self, index: u32, counts: &[u64]) -> Result<(), Error> {
+        self.check(index)?;
+        let mut copies = vec![0u64; size_of::<V>().div_ceil(8) * self.cpus];
+        let refused = |source| self.table.refused(source);
+        sys::map_lookup(self.table.fd.as_fd(), &index, &mut copies).map_err(refused)?;
+        copies.iter_mut().zip(counts).for_each(|(word, count)| *word += count);
+        sys::map_update_slice(self.table.fd.as_fd(), &index, &copies).map_err(refused)
     }
 
     /// Every CPU's copy.

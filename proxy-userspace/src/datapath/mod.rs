@@ -7,6 +7,10 @@
 //! | [`kfunc`] | marker instructions become calls of kernel functions |
 //! | [`object`] | the BPF object as the binary carries it |
 //! | [`kernel`] | the BPF object loaded, its maps adopted or made |
+//! | [`layout`] | which tables of another layout are shared, copied, made: a pure decision |
+//! | [`handover`] | from one layout to another under traffic |
+//! | [`carry`] | what is copied between layouts, and what becomes of what changes meanwhile |
+//! | [`convert`] | records of older versions |
 //! | [`btf`] | what the kernel's own types say |
 //! | [`attach`] | links to control group and devices |
 //! | [`device`] | which devices get which programs: a pure decision |
@@ -34,11 +38,15 @@ pub mod attach;
 pub mod backlog;
 pub mod backoff;
 pub mod btf;
+pub mod carry;
+pub mod convert;
 pub mod device;
 pub mod fake;
+pub mod handover;
 pub mod inspect;
 pub mod kernel;
 pub mod kfunc;
+pub mod layout;
 pub mod maps;
 pub mod metrics;
 pub mod network;

@@ -2,7 +2,10 @@
 //!
 //! ```text
 //! DIR/                    --bpffs; locked by the one agent that owns it
-//!   v1/MAP                every map, by name; the layout version is part of the path
+//!   v1/MAP                every map of a layout, by name; `v1`: the version of the records
+//!   v1-2/MAP              the same of its second generation: other sizes, or another version before it
+//!   next/MAP              a layout that is being prepared; no link runs a program that uses it
+//!   gone/MAP              a layout that is being removed; likewise
 //!   links/cgroup/PROGRAM
 //!   links/tcx/COOKIE-IFINDEX-HOOK    COOKIE: network namespace
 //!   links/xdp/COOKIE-IFINDEX
@@ -10,9 +13,12 @@
 //!   notes/NOTE            what cleanup has to undo besides
 //! ```
 //! Links lie outside the layout's directory: they stay when a new layout takes over, only the programs behind them change.
+//! Of several generations the highest counts, whoever looks: it gets its name by one rename, when it is complete and right
+//! before the first link runs its programs. Lower ones are there as long as programs that use them may run.
 //! Programs are not pinned themselves: a link holds its program, and what the command line wants of one it reaches through the link.
 //! May touch: the BPF file system below DIR, nothing else.
 
+use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -20,7 +26,7 @@ use std::path::{Path, PathBuf};
 
 use proxy_common::abi::ABI_VERSION;
 
-use super::sys;
+use super::{convert, sys};
 
 /// Why the pin directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -46,10 +52,40 @@ pub(super) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) ->
     move |source| Error::Io { action, path, source }
 }
 
+/// A set of tables: which version of the records, and its place among those that follow one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Layout {
+    /// From 1; the highest counts.
+    pub generation: u32,
+    /// `ABI_VERSION` of who made it.
+    pub version: u32,
+}
+
+impl Layout {
+    /// From the name of its directory. (A BPF file system takes no dots in names.)
+    fn parse(name: &str) -> Option<Self> {
+        let numbers = name.strip_prefix('v')?;
+        let (version, generation) = numbers.split_once('-').unwrap_or((numbers, "1"));
+        Some(Self { generation: generation.parse().ok()?, version: version.parse().ok()? })
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.generation {
+            1 => write!(f, "v{}", self.version),
+            generation => write!(f, "v{}-{generation}", self.version),
+        }
+    }
+}
+
 /// The pin directory. Cheap to copy; says nothing about what exists.
 #[derive(Clone, Debug)]
 pub struct Pins {
     base: PathBuf,
+    version: u32,
+    /// All versions have the records of this one.
+    is_artificial: bool,
 }
 
 /// The only right to change what is pinned. Released when dropped, also by a crash.
@@ -57,6 +93,12 @@ pub struct Pins {
 pub struct Lock {
     _directory: File,
 }
+
+/// Directory of the layout in the making.
+const PREPARATION: &str = "next";
+
+/// Directory of the layout that is being removed.
+const REMOVED: &str = "gone";
 
 /// Directory of the notes.
 const NOTES: &str = "notes";
@@ -67,7 +109,19 @@ const MOUNT_NOTE: &str = "mounted-by-shunt";
 impl Pins {
     /// Names below `base`.
     pub fn new(base: impl Into<PathBuf>) -> Self {
-        Self { base: base.into() }
+        Self { base: base.into(), version: ABI_VERSION, is_artificial: false }
+    }
+
+    /// The same for a version that differs in its number only: so a change of the version can be tested by one program. All
+    /// versions are read then, and nothing is shared that would not be shared with a version whose records are others.
+    #[must_use]
+    pub fn with_version(self, version: Option<u32>) -> Self {
+        Self { version: version.unwrap_or(self.version), is_artificial: version.is_some(), ..self }
+    }
+
+    /// Version of the layouts made here.
+    pub fn version(&self) -> u32 {
+        self.version
     }
 
     /// `--bpffs`.
@@ -75,14 +129,9 @@ impl Pins {
         &self.base
     }
 
-    /// Directory of the maps of this program's own layout.
-    pub fn maps(&self) -> PathBuf {
-        self.base.join(format!("v{ABI_VERSION}"))
-    }
-
-    /// Pin of a map.
-    pub fn map(&self, name: &str) -> PathBuf {
-        self.maps().join(name)
+    /// Directory of the maps of a layout.
+    pub fn maps(&self, layout: Layout) -> PathBuf {
+        self.base.join(layout.to_string())
     }
 
     /// Directory of the links to the control group.
@@ -108,7 +157,7 @@ impl Pins {
     /// Makes the directories, on a BPF file system, mounting one if there is none.
     pub fn prepare(&self) -> Result<(), Error> {
         self.ensure_bpffs()?;
-        for directory in [self.maps(), self.cgroup_links(), self.tcx_links(), self.xdp_links(), self.continuations()] {
+        for directory in [self.cgroup_links(), self.tcx_links(), self.xdp_links(), self.continuations()] {
             create_directory(&directory)?;
         }
         Ok(())
@@ -165,10 +214,68 @@ impl Pins {
         if is_mount_point(&self.base) { Ok(()) } else { remove_directory(&self.base) }
     }
 
-    /// Removes tables of other layout versions. To be called when no link runs a program that uses them.
-    pub fn remove_other_layouts(&self) -> Result<(), Error> {
-        let own = self.maps();
-        self.layouts()?.iter().filter(|layout| **layout != own).try_for_each(|layout| remove_layout(layout))
+    /// All layouts, the one that counts last.
+    pub fn layouts(&self) -> Result<Vec<Layout>, Error> {
+        let mut layouts: Vec<_> =
+            list(&self.base)?.iter().filter_map(|path| file_name(path)).filter_map(Layout::parse).collect();
+        layouts.sort();
+        Ok(layouts)
+    }
+
+    /// Layouts whose records this program reads, the one that counts last.
+    pub fn readable_layouts(&self) -> Result<Vec<Layout>, Error> {
+        let mut layouts = self.layouts()?;
+        layouts.retain(|layout| self.reads(layout.version));
+        Ok(layouts)
+    }
+
+    /// The layout that counts for this program.
+    pub fn current(&self) -> Result<Option<Layout>, Error> {
+        Ok(self.readable_layouts()?.pop())
+    }
+
+    fn reads(&self, version: u32) -> bool {
+        self.is_artificial || version == self.version || convert::is_known(version)
+    }
+
+    /// Where a layout is prepared.
+    pub fn preparation(&self) -> PathBuf {
+        self.base.join(PREPARATION)
+    }
+
+    /// Makes an empty place for a layout in the making; what another agent had no time to finish goes.
+    pub fn begin_preparation(&self) -> Result<PathBuf, Error> {
+        self.clear_remains()?;
+        let directory = self.preparation();
+        create_directory(&directory)?;
+        Ok(directory)
+    }
+
+    /// Makes what was prepared the layout that counts, and says which it is.
+    pub fn commit(&self) -> Result<Layout, Error> {
+        let generation = self.layouts()?.last().map_or(1, |last| last.generation.saturating_add(1));
+        let layout = Layout { generation, version: self.version };
+        let directory = self.preparation();
+        fs::rename(&directory, self.maps(layout)).map_err(at("rename", &directory))?;
+        Ok(layout)
+    }
+
+    /// Removes what never counted or does not count any more.
+    pub fn clear_remains(&self) -> Result<(), Error> {
+        [PREPARATION, REMOVED].iter().try_for_each(|name| remove_layout(&self.base.join(name)))
+    }
+
+    /// Removes a layout: at once for those who look for it, then map by map.
+    pub fn remove(&self, layout: Layout) -> Result<(), Error> {
+        let (directory, removed) = (self.maps(layout), self.base.join(REMOVED));
+        remove_layout(&removed)?;
+        fs::rename(&directory, &removed).map_err(at("rename", &directory))?;
+        remove_layout(&removed)
+    }
+
+    /// Removes all layouts but one. To be called when no link runs a program that uses them.
+    pub fn remove_other_layouts(&self, own: Layout) -> Result<(), Error> {
+        self.layouts()?.into_iter().filter(|layout| *layout != own).try_for_each(|layout| self.remove(layout))
     }
 
     /// Leaves a note for a later agent or for `shunt cleanup`: an empty directory, the only thing besides pins that a BPF
@@ -185,13 +292,6 @@ impl Pins {
     /// Removes a note.
     pub fn unmark(&self, note: &str) -> Result<(), Error> {
         remove_directory(&self.base.join(NOTES).join(note))
-    }
-
-    /// Directories of layouts, whatever their version.
-    pub fn layouts(&self) -> Result<Vec<PathBuf>, Error> {
-        let is_layout =
-            |name: &str| name.strip_prefix('v').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
-        Ok(list(&self.base)?.into_iter().filter(|path| file_name(path).is_some_and(is_layout)).collect())
     }
 }
 
@@ -246,4 +346,34 @@ fn is_bpffs(path: &Path) -> Result<bool, Error> {
 fn is_mount_point(path: &Path) -> bool {
     let device = |path: &Path| fs::metadata(path).map(|data| data.dev()).ok();
     device(path) != path.parent().and_then(device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_layouts_are_read_as_they_are_written() {
+        for (name, version, generation) in [("v1", 1, 1), ("v1-2", 1, 2), ("v4000000000", 4_000_000_000, 1)] {
+            let layout = Layout { version, generation };
+            assert_eq!((Layout::parse(name), layout.to_string().as_str()), (Some(layout), name));
+        }
+        for foreign in ["next", "gone", "links", "v", "vx", "v1-", "v1-x", "v1-2-3"] {
+            assert_eq!(Layout::parse(foreign), None, "{foreign}");
+        }
+    }
+
+    #[test]
+    fn the_highest_generation_that_can_be_read_counts() {
+        let dir = std::env::temp_dir().join(format!("shunt-pins-{}", std::process::id()));
+        for name in ["v1", "v1-2", "v4000000000-3", "next", "gone", "links"] {
+            fs::create_dir_all(dir.join(name)).unwrap();
+        }
+        let pins = Pins::new(&dir);
+        assert_eq!(pins.current().unwrap(), Some(Layout { version: ABI_VERSION, generation: 2 }));
+        let other = pins.clone().with_version(Some(9));
+        assert_eq!(other.current().unwrap(), Some(Layout { version: 4_000_000_000, generation: 3 }));
+        assert_eq!(other.commit().unwrap(), Layout { version: 9, generation: 4 });
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }

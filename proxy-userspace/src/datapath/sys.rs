@@ -30,6 +30,14 @@ pub struct MapInfo {
     pub flags: u32,
 }
 
+impl MapInfo {
+    /// True if each CPU has values of its own.
+    pub fn is_per_cpu(&self) -> bool {
+        use aya_obj::generated::bpf_map_type::{BPF_MAP_TYPE_PERCPU_ARRAY, BPF_MAP_TYPE_PERCPU_HASH};
+        [BPF_MAP_TYPE_PERCPU_ARRAY as u32, BPF_MAP_TYPE_PERCPU_HASH as u32].contains(&self.kind)
+    }
+}
+
 /// What the kernel says about a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkInfo {
@@ -315,6 +323,24 @@ pub fn map_update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io
     map_update_slice(map, key, std::slice::from_ref(value))
 }
 
+/// Inserts one entry; false if its key is there already.
+pub fn map_insert<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<bool> {
+    const BPF_NOEXIST: u64 = 1;
+    let mut attr = ElementAttr {
+        map: raw(map),
+        key: &raw const *key as u64,
+        value: &raw const *value as u64,
+        flags: BPF_NOEXIST,
+        ..Default::default()
+    };
+    // SAFETY: as in `map_lookup`.
+    match unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Inserts or replaces one entry whose value has several parts: one for each CPU.
 pub fn map_update_slice<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> io::Result<()> {
     let mut attr =
@@ -394,17 +420,43 @@ pub fn map_lookup_batch<K: Pod, V: Pod>(
     values: &mut [V],
 ) -> io::Result<Batch> {
     assert!(values.len() >= keys.len());
+    // SAFETY: the buffers hold as many plain elements as there are keys, sized as the map.
+    unsafe { lookup_batch(map, cursor, keys.len(), keys.as_mut_ptr().cast(), values.as_mut_ptr().cast()) }
+}
+
+/// The same for a map whose records have no type here: `key_size` and `value_size` as the kernel says they are.
+pub fn map_lookup_batch_bytes(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    (key_size, keys): (usize, &mut [u8]),
+    (value_size, values): (usize, &mut [u8]),
+) -> io::Result<Batch> {
+    let count = keys.len() / key_size;
+    assert!(values.len() >= count * value_size);
+    // SAFETY: the buffers hold `count` elements of the map's own sizes.
+    unsafe { lookup_batch(map, cursor, count, keys.as_mut_ptr(), values.as_mut_ptr()) }
+}
+
+/// # Safety
+/// `keys` and `values` have room for `count` keys and values of the map.
+unsafe fn lookup_batch(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    count: usize,
+    keys: *mut u8,
+    values: *mut u8,
+) -> io::Result<Batch> {
     let mut next = 0u64;
     let mut attr = BatchAttr {
         in_batch: if cursor.started { &raw const cursor.token as u64 } else { 0 },
         out_batch: &raw mut next as u64,
-        keys: keys.as_mut_ptr() as u64,
-        values: values.as_mut_ptr() as u64,
-        count: keys.len() as u32,
+        keys: keys as u64,
+        values: values as u64,
+        count: count as u32,
         map: raw(map),
         ..Default::default()
     };
-    // SAFETY: the buffers hold `count` plain elements, sized as the map; the tokens of hash maps and arrays have four bytes.
+    // SAFETY: the caller's promise; the tokens of hash maps and arrays have four bytes.
     let done = match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) } {
         Ok(_) => false,
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
