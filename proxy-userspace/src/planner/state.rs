@@ -149,7 +149,7 @@ impl State {
     }
 
     fn remarks_to<'a>(&'a self, service: &'a ServiceKey) -> impl Iterator<Item = Problem> + 'a {
-        let first = (service.clone(), FIRST_FRONTEND, Remark::Conflict);
+        let first = (service.clone(), FrontendAddr::FIRST, Remark::Conflict);
         let own = self.remarks.range(first..).take_while(move |(to, ..)| to == service);
         own.filter_map(|(_, at, remark)| match remark {
             Remark::IsBackend => Some(Problem::FrontendIsBackend { frontend: *at }),
@@ -404,10 +404,6 @@ impl State {
         }
     }
 }
-
-/// No frontend comes before it.
-const FIRST_FRONTEND: FrontendAddr =
-    FrontendAddr { addr: Addr::UNSPECIFIED_V6, port: proxy_common::addr::Port(0), proto: proxy_common::addr::Proto(0) };
 
 /// The claim of a port on one of its frontends.
 pub(super) fn claim(name: &Arc<PortName>, port: &Port, frontend: &PlannedFrontend) -> Claim {
