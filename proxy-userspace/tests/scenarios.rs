@@ -189,7 +189,7 @@ impl World {
     }
 
     fn send(&mut self, source: SourceId, event: Event) {
-        self.content.apply(Update { source, event });
+        self.content.apply(Update { source, events: vec![event] });
     }
 
     fn list(&mut self, section: &Section) {

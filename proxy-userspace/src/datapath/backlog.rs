@@ -1,223 +1,307 @@
-//! Operations that were refused, and those that wait behind them: a pure queue for each subject.
+//! Operations that were refused, and the few that wait behind one of them.
 //!
-//! An operation of a service waits behind a refused one of the same service, since it may rest on it; the node's and
-//! leftovers do not. A newer operation on the same entry makes an older one void, whoever it was for.
-//! May touch: nothing.
+//! What can be refused are system calls: writes to hashes that are full or find no memory (frontends, addresses, names),
+//! and in theory the others. Mapped arrays (backends, slots, service records) take every store. What an operation needs:
+//!
+//! | operation | needs | if that is refused |
+//! |---|---|---|
+//! | put backend, write slots, publish service | arrays only | cannot be: always tried, so that sets follow whatever waits |
+//! | put frontend | the published record (array), the name of its service | waits for the name: a restart would take a frontend of a nameless service away |
+//! | put address, put ports | its frontends, to be of use | tried: what is revealed too early finds no frontend |
+//! | delete frontend, delete address | nothing | |
+//! | retire service | no frontend that names it | waits, and with it whatever was freed then or later: see [`Backlog::frontends`] |
+//! | retire backend | the slots of its former users (array) | cannot be |
+//!
+//! So one frontend that is refused for ever holds up nothing else, of its own service neither. There is at most one
+//! operation for each entry of a table: a newer one makes an older one void, whoever it was for. Subjects are tried again
+//! each at its own time. May touch: the kernel's random source, for these times.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
-use crate::planner::{Op, Subject};
+use proxy_common::addr::Addr;
+use tokio::time::Instant;
+
+use super::backoff::Backoff;
+use crate::planner::{BackendId, FrontendAddr, Op, ServiceId, Subject};
 
 /// What is still to be done for one subject.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Waiting {
-    /// In order; the first was refused.
-    pub ops: VecDeque<Op>,
-    /// How often the first was tried.
+    /// By entry, in the order in which they are tried.
+    ops: BTreeMap<Entry, Op>,
+    /// How often they were tried.
     pub attempts: u32,
     /// What the tables said the last time, as a chain of causes.
     pub error: String,
+    backoff: Backoff,
+    /// When they are tried again, once that is settled.
+    due: Option<Instant>,
+}
+
+/// An entry of a table. In this order a name comes before the frontends that need it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Entry {
+    Cidrs,
+    Backend(BackendId),
+    Slots(u32),
+    Record(ServiceId),
+    Name(ServiceId),
+    Frontend(FrontendAddr),
+    Address(Addr),
+    Ports(u32),
 }
 
 /// All that is still to be done.
 #[derive(Debug, Default)]
-pub struct Backlog(BTreeMap<Subject, Waiting>);
+pub struct Backlog {
+    subjects: BTreeMap<Subject, Waiting>,
+    /// For whom the operation on each entry is.
+    entries: BTreeMap<Entry, Subject>,
+}
+
+/// Subjects that are due within this time of each other are tried together.
+const TOGETHER: Duration = Duration::from_millis(500);
 
 impl Backlog {
     /// True if nothing waits.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.subjects.is_empty()
     }
 
     /// What waits, by subject.
     pub fn iter(&self) -> impl Iterator<Item = (&Subject, &Waiting)> {
-        self.0.iter()
+        self.subjects.iter()
     }
 
-    /// True if new operations of `subject` have to wait for older ones.
-    pub fn blocks(&self, subject: &Subject) -> bool {
-        is_chain(subject) && self.0.contains_key(subject)
+    /// True if an operation has to wait for one that was refused.
+    pub fn blocks(&self, op: &Op) -> bool {
+        needed_by(op).is_some_and(|entry| self.entries.contains_key(&entry))
     }
 
-    /// Puts an operation behind the others of its subject.
-    pub fn push(&mut self, subject: &Subject, op: Op, error: Option<String>) {
-        let waiting = self.0.entry(subject.clone()).or_insert_with(|| Waiting {
-            ops: VecDeque::new(),
-            attempts: 0,
-            error: String::new(),
+    /// Frontends that are not as they should be; what the table has of them may be of services that are gone.
+    pub fn frontends(&self) -> impl Iterator<Item = &FrontendAddr> {
+        let first = Entry::Frontend(FrontendAddr::FIRST);
+        let entries = self.entries.range(first..).map_while(|(entry, _)| match entry {
+            Entry::Frontend(at) => Some(at),
+            _ => None,
         });
-        waiting.ops.push_back(op);
+        entries
+    }
+
+    /// Keeps an operation that was refused (with the reason) or has to wait (without), in place of an older one on its
+    /// entry.
+    pub fn put(&mut self, subject: &Subject, op: Op, error: Option<String>) {
+        self.forget(&op);
+        let entry = entry(&op);
+        self.entries.insert(entry, subject.clone());
+        let waiting = self.subjects.entry(subject.clone()).or_default();
+        waiting.ops.insert(entry, op);
         if let Some(error) = error {
-            waiting.attempts += 1;
+            waiting.attempts = waiting.attempts.max(1);
             waiting.error = error;
         }
     }
 
     /// Drops what `newer` makes void.
-    pub fn supersede(&mut self, newer: &Op) {
-        for waiting in self.0.values_mut() {
-            waiting.ops.retain(|older| !supersedes(newer, older));
+    pub fn forget(&mut self, newer: &Op) {
+        let entry = entry(newer);
+        let Some(subject) = self.entries.remove(&entry) else { return };
+        let waiting = self.subjects.get_mut(&subject).expect("entries name subjects that wait");
+        waiting.ops.remove(&entry);
+        if waiting.ops.is_empty() {
+            self.subjects.remove(&subject);
         }
-        self.0.retain(|_, waiting| !waiting.ops.is_empty());
     }
 
-    /// Tries everything again with `apply`; what is refused stays, with what it blocks.
-    pub fn retry(&mut self, mut apply: impl FnMut(&Op) -> Result<(), String>) {
-        for (subject, waiting) in &mut self.0 {
-            waiting.retry(is_chain(subject), &mut apply);
+    /// When to try again; from now on that is settled for all that wait.
+    pub fn next_due(&mut self, now: Instant) -> Option<Instant> {
+        let due = |waiting: &mut Waiting| {
+            let Waiting { due, backoff, .. } = waiting;
+            *due.get_or_insert_with(|| now + backoff.next_wait())
+        };
+        self.subjects.values_mut().map(due).min()
+    }
+
+    /// Tries with `apply` again what is due at `now` or soon after; what is refused stays.
+    pub fn retry(&mut self, now: Instant, mut apply: impl FnMut(&Op) -> Result<(), String>) {
+        let is_due = |waiting: &Waiting| waiting.due.is_none_or(|due| due <= now + TOGETHER);
+        let due = self.subjects.iter().filter(|(_, waiting)| is_due(waiting)).map(|(subject, _)| subject.clone());
+        for subject in due.collect::<Vec<_>>() {
+            self.retry_subject(&subject, &mut apply);
         }
-        self.0.retain(|_, waiting| !waiting.ops.is_empty());
+    }
+
+    fn retry_subject(&mut self, subject: &Subject, apply: &mut impl FnMut(&Op) -> Result<(), String>) {
+        let Some(waiting) = self.subjects.get_mut(subject) else { return };
+        let mut refused = None;
+        let entries = &mut self.entries;
+        waiting.ops.retain(|entry, op| {
+            if needed_by(op).is_some_and(|needed| entries.contains_key(&needed)) {
+                return true;
+            }
+            match apply(op) {
+                Ok(()) => _ = entries.remove(entry),
+                Err(error) => refused = Some(error),
+            }
+            entries.contains_key(entry)
+        });
+        waiting.due = None;
+        match refused {
+            Some(error) => {
+                waiting.attempts += 1;
+                waiting.error = error;
+            }
+            None => _ = self.subjects.remove(subject),
+        }
     }
 }
 
 impl Waiting {
-    fn retry(&mut self, is_chain: bool, apply: &mut impl FnMut(&Op) -> Result<(), String>) {
-        let mut refused = VecDeque::new();
-        let mut was_refused = false;
-        while let Some(op) = self.ops.pop_front() {
-            if was_refused && is_chain {
-                refused.push_back(op);
-                continue;
-            }
-            if let Err(error) = apply(&op) {
-                self.error = error;
-                was_refused = true;
-                refused.push_back(op);
-            }
-        }
-        self.attempts += u32::from(was_refused);
-        self.ops = refused;
+    /// How many operations wait.
+    pub fn count(&self) -> usize {
+        self.ops.len()
     }
 }
 
-/// True if the operations of a subject rest on those before them.
-fn is_chain(subject: &Subject) -> bool {
-    matches!(subject, Subject::Service(_))
-}
-
-/// True if `older` need not, and must not, be done once `newer` is.
-fn supersedes(newer: &Op, older: &Op) -> bool {
-    use Op::{DeleteAddress, DeleteFrontend, PublishService, PutAddress, PutBackend, PutCidrs, PutFrontend, PutName};
-    use Op::{PutPorts, RetireBackend, RetireService, WriteSlots};
-    match (newer, older) {
-        (PutCidrs(_), PutCidrs(_)) => true,
-        (PutName { id: new, .. }, PutName { id: old, .. } | RetireService { id: old }) => new == old,
-        (PublishService { id: new, .. }, PublishService { id: old, .. }) => new == old,
-        (
-            RetireService { id: new },
-            PutName { id: old, .. } | PublishService { id: old, .. } | RetireService { id: old },
-        ) => new == old,
-        (
-            PutBackend { id: new, .. } | RetireBackend { id: new },
-            PutBackend { id: old, .. } | RetireBackend { id: old },
-        ) => new == old,
-        (WriteSlots { base: new, slots: new_slots }, WriteSlots { base: old, slots: old_slots }) => {
-            overlap((*new, new_slots.len()), (*old, old_slots.len()))
-        }
-        (
-            PutFrontend { at: new, .. } | DeleteFrontend { at: new },
-            PutFrontend { at: old, .. } | DeleteFrontend { at: old },
-        ) => new == old,
-        (
-            PutAddress { addr: new, .. } | DeleteAddress { addr: new },
-            PutAddress { addr: old, .. } | DeleteAddress { addr: old },
-        ) => new == old,
-        (PutPorts { index: new, .. }, PutPorts { index: old, .. }) => new == old,
-        _ => false,
+/// What an operation is on.
+fn entry(op: &Op) -> Entry {
+    match op {
+        Op::PutCidrs(_) => Entry::Cidrs,
+        // A service that retires leaves with its name.
+        Op::PutName { id, .. } | Op::RetireService { id } => Entry::Name(*id),
+        Op::PutBackend { id, .. } | Op::RetireBackend { id } => Entry::Backend(*id),
+        Op::WriteSlots { base, .. } => Entry::Slots(*base),
+        Op::PublishService { id, .. } => Entry::Record(*id),
+        Op::PutFrontend { at, .. } | Op::DeleteFrontend { at } => Entry::Frontend(*at),
+        Op::PutAddress { addr, .. } | Op::DeleteAddress { addr } => Entry::Address(*addr),
+        Op::PutPorts { index, .. } => Entry::Ports(*index),
     }
 }
 
-fn overlap((a, a_length): (u32, usize), (b, b_length): (u32, usize)) -> bool {
-    let end = |base: u32, length: usize| base as usize + length;
-    (a as usize) < end(b, b_length) && (b as usize) < end(a, a_length)
+/// The entry that has to be written before an operation.
+fn needed_by(op: &Op) -> Option<Entry> {
+    match op {
+        Op::PutFrontend { value, .. } => Some(Entry::Name(ServiceId(value.service))),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+    use std::sync::Arc;
+
+    use proxy_common::abi::frontend::FrontendValue;
+    use proxy_common::addr::{Port, Proto};
+
     use super::*;
-    use crate::model::{Name, ServiceKey, SourceId};
-    use crate::planner::{BackendId, ServiceId};
-    use proxy_common::abi::backend::BackendRecord;
-    use proxy_common::abi::service::{ServiceRecord, Slot};
+    use crate::model::{Family, Name, ServiceKey, SourceId};
+    use crate::planner::PortName;
+
+    fn key(name: &str) -> ServiceKey {
+        ServiceKey { source: SourceId::Manifests, namespace: Name::from("default"), name: Name::from(name) }
+    }
 
     fn service(name: &str) -> Subject {
-        let (namespace, name) = (Name::from("default"), Name::from(name));
-        Subject::Service(ServiceKey { source: SourceId::Manifests, namespace, name })
+        Subject::Service(key(name))
     }
 
-    fn put(id: u32) -> Op {
-        Op::PutBackend { id: BackendId(id), record: BackendRecord::ZERO }
+    fn put_name(id: u32) -> Op {
+        let name = PortName::new(key("a"), Name::from("http"), Proto::TCP, Family::V4).unwrap();
+        Op::PutName { id: ServiceId(id), name: Arc::new(name) }
     }
 
-    fn retire(id: u32) -> Op {
-        Op::RetireBackend { id: BackendId(id) }
+    fn at(last: u8) -> FrontendAddr {
+        FrontendAddr { addr: Addr::from(Ipv4Addr::new(10, 96, 0, last)), port: Port(80), proto: Proto::TCP }
     }
 
-    fn slots(base: u32, count: usize) -> Op {
-        Op::WriteSlots { base, slots: vec![Slot::ZERO; count] }
+    fn put_frontend(last: u8, service: u32) -> Op {
+        Op::PutFrontend { at: at(last), value: FrontendValue { service, flags: 0 } }
     }
 
-    #[test]
-    fn a_service_waits_behind_its_refused_operation_and_no_other_does() {
-        let mut backlog = Backlog::default();
-        backlog.push(&service("a"), put(1), Some("full".into()));
-        assert!(backlog.blocks(&service("a")));
-        assert!(!backlog.blocks(&service("b")));
-        backlog.push(&Subject::Node, put(2), Some("full".into()));
-        assert!(!backlog.blocks(&Subject::Node));
-    }
-
-    #[test]
-    fn retry_keeps_order_and_stops_a_service_at_the_first_refusal() {
-        let mut backlog = Backlog::default();
-        for id in 1..=3 {
-            backlog.push(&service("a"), put(id), (id == 1).then(|| "full".into()));
-        }
+    /// Tries everything again; what was tried.
+    fn retry(backlog: &mut Backlog, refuses: impl Fn(&Op) -> bool) -> Vec<Op> {
         let mut tried = Vec::new();
-        backlog.retry(|op| {
+        backlog.retry(Instant::now(), |op| {
             tried.push(op.clone());
-            if *op == put(2) { Err("still full".into()) } else { Ok(()) }
+            if refuses(op) { Err("still full".into()) } else { Ok(()) }
         });
-        assert_eq!(tried, [put(1), put(2)]);
-        let (_, waiting) = backlog.iter().next().unwrap();
-        assert_eq!(waiting.ops, [put(2), put(3)]);
-        assert_eq!((waiting.attempts, waiting.error.as_str()), (2, "still full"));
-        backlog.retry(|_| Ok(()));
-        assert!(backlog.is_empty());
+        tried
+    }
+
+    fn refused(backlog: &mut Backlog, subject: &Subject, op: Op) {
+        backlog.put(subject, op, Some("full".into()));
     }
 
     #[test]
-    fn leftovers_do_not_wait_for_each_other() {
+    fn only_a_frontend_waits_and_only_for_the_name_of_its_service() {
         let mut backlog = Backlog::default();
-        backlog.push(&Subject::Leftovers, retire(1), Some("no".into()));
-        backlog.push(&Subject::Leftovers, retire(2), None);
-        backlog.retry(|op| if *op == retire(1) { Err("no".into()) } else { Ok(()) });
-        assert_eq!(backlog.iter().next().unwrap().1.ops, [retire(1)]);
+        refused(&mut backlog, &service("a"), put_frontend(1, 1));
+        assert!(!backlog.blocks(&put_frontend(2, 1)));
+        refused(&mut backlog, &service("a"), put_name(2));
+        assert!(backlog.blocks(&put_frontend(2, 2)) && !backlog.blocks(&put_frontend(2, 1)));
+        let others = [Op::DeleteFrontend { at: at(2) }, Op::RetireService { id: ServiceId(2) }];
+        assert!(others.iter().all(|op| !backlog.blocks(op)));
+    }
+
+    #[test]
+    fn a_name_is_tried_before_its_frontends_and_a_refusal_stops_nothing_else() {
+        let mut backlog = Backlog::default();
+        backlog.put(&service("a"), put_frontend(1, 7), None);
+        for op in [put_name(7), put_frontend(2, 8), put_frontend(3, 8)] {
+            refused(&mut backlog, &service("a"), op);
+        }
+        let tried = retry(&mut backlog, |op| [put_name(7), put_frontend(2, 8)].contains(op));
+        assert_eq!(tried, [put_name(7), put_frontend(2, 8), put_frontend(3, 8)]);
+        let (_, waiting) = backlog.iter().next().unwrap();
+        assert_eq!((waiting.count(), waiting.attempts, waiting.error.as_str()), (3, 2, "still full"));
+        assert_eq!(retry(&mut backlog, |_| false), [put_name(7), put_frontend(1, 7), put_frontend(2, 8)]);
+        assert!(backlog.is_empty());
     }
 
     #[test]
     fn a_newer_operation_on_the_same_entry_voids_the_older_one_of_anybody() {
         let mut backlog = Backlog::default();
-        backlog.push(&service("a"), retire(7), Some("no".into()));
-        backlog.supersede(&put(8));
+        refused(&mut backlog, &service("a"), put_frontend(1, 7));
+        backlog.forget(&put_frontend(2, 7));
         assert!(!backlog.is_empty());
-        backlog.supersede(&put(7));
-        assert!(backlog.is_empty(), "a reused id must not be retired by an old operation");
+        refused(&mut backlog, &service("b"), Op::DeleteFrontend { at: at(1) });
+        assert_eq!(backlog.iter().map(|(subject, _)| subject.clone()).collect::<Vec<_>>(), [service("b")]);
+        refused(&mut backlog, &Subject::Leftovers, Op::RetireService { id: ServiceId(7) });
+        backlog.forget(&put_name(7));
+        backlog.forget(&put_frontend(1, 7));
+        assert!(backlog.is_empty(), "an id that is used again must not be retired by an old operation");
     }
 
     #[test]
-    fn retiring_a_service_voids_its_name_and_record() {
-        let id = ServiceId(3);
-        let publish = Op::PublishService { id, record: ServiceRecord::ZERO };
-        assert!(supersedes(&Op::RetireService { id }, &publish));
-        assert!(!supersedes(&publish, &Op::RetireService { id }), "the name is still to be removed");
+    fn frontends_under_way_are_known() {
+        let mut backlog = Backlog::default();
+        refused(&mut backlog, &service("a"), put_name(1));
+        refused(&mut backlog, &service("a"), put_frontend(1, 1));
+        refused(&mut backlog, &service("a"), Op::DeleteFrontend { at: at(2) });
+        refused(&mut backlog, &service("a"), Op::DeleteAddress { addr: at(3).addr });
+        assert_eq!(backlog.frontends().collect::<Vec<_>>(), [&at(1), &at(2)]);
     }
 
     #[test]
-    fn slots_are_void_where_newer_ones_overlap() {
-        assert!(supersedes(&slots(4, 4), &slots(7, 1)));
-        assert!(supersedes(&slots(6, 1), &slots(4, 4)));
-        assert!(!supersedes(&slots(4, 4), &slots(8, 4)));
-        assert!(!supersedes(&slots(4, 0), &slots(4, 4)), "nothing is written");
+    fn a_refusal_that_lasts_does_not_delay_the_next_try_of_another_subject() {
+        let (mut backlog, now) = (Backlog::default(), Instant::now());
+        refused(&mut backlog, &service("a"), put_frontend(1, 1));
+        let mut due = now;
+        for _ in 0..12 {
+            due = backlog.next_due(due).unwrap();
+            backlog.retry(due, |_| Err("full".into()));
+        }
+        assert!(backlog.next_due(now).unwrap() > now + Duration::from_secs(10));
+        refused(&mut backlog, &service("b"), put_frontend(2, 2));
+        let due = backlog.next_due(now).unwrap();
+        assert!(due < now + Duration::from_secs(1));
+        let mut tried = Vec::new();
+        backlog.retry(due, |op| {
+            tried.push(op.clone());
+            Ok(())
+        });
+        assert_eq!(tried, [put_frontend(2, 2)]);
     }
 }

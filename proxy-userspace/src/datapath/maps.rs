@@ -20,7 +20,7 @@ use tracing::warn;
 
 use super::kernel::{Error as KernelError, MapFds, on_map};
 use super::sys::{self, MappedWords};
-use crate::planner::{Cidrs, Op};
+use crate::planner::{Cidrs, FrontendAddr, Op, ServiceId};
 
 /// A write that the kernel (or a fake) refused.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +59,9 @@ pub struct Refused {
 pub trait Maps {
     /// Does operations in order, up to the first that is refused. Each may be repeated; deleting what is not there is done.
     fn apply(&mut self, ops: &[&Op]) -> Result<(), Refused>;
+
+    /// Whose a frontend is at the moment.
+    fn service_at(&self, at: &FrontendAddr) -> Result<Option<ServiceId>, Error>;
 }
 
 /// An array that userspace has mapped.
@@ -301,6 +304,10 @@ impl Maps for KernelMaps {
             done += run.len();
         }
         Ok(())
+    }
+
+    fn service_at(&self, at: &FrontendAddr) -> Result<Option<ServiceId>, Error> {
+        Ok(self.frontends.get(&at.record())?.map(|value| ServiceId(value.service)))
     }
 }
 

@@ -599,3 +599,25 @@ pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
 pub fn duplicate(fd: impl AsFd) -> io::Result<OwnedFd> {
     fd.as_fd().try_clone_to_owned()
 }
+
+/// True if a process has the file open for writing. Asked by a lease, which the kernel refuses then; other errors: it cannot be
+/// known (not our file, a file system without leases).
+pub fn has_writer(file: &File) -> io::Result<bool> {
+    /// include/uapi/asm-generic/fcntl.h; `libc` lacks it.
+    const F_SETSIG: libc::c_int = 10;
+    let set = |command: libc::c_int, value: libc::c_int| {
+        // SAFETY: the descriptor is open for as long as `file` is borrowed; the commands take a number.
+        match unsafe { libc::fcntl(file.as_raw_fd(), command, value) } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    };
+    // Who opens it just now makes the kernel tell us; by default with a signal that ends the process, with this one it is
+    // ignored.
+    set(F_SETSIG, libc::SIGURG)?;
+    match set(libc::F_SETLEASE, libc::F_RDLCK) {
+        Ok(()) => set(libc::F_SETLEASE, libc::F_UNLCK).map(|()| false),
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Ok(true),
+        Err(error) => Err(error),
+    }
+}

@@ -7,7 +7,7 @@ use super::endpoint::{EndpointGroup, Endpoints, GroupKind};
 use super::name::Name;
 use super::node::NodeFacts;
 use super::service::{ServiceKey, SourceId};
-use super::snapshot::Snapshot;
+use super::snapshot::{Gaps, Snapshot};
 use super::update::{Event, Kind, Object, ObjectKey, SourceSpec, Update};
 
 /// The newest snapshot, and how far each source is with its lists.
@@ -28,6 +28,28 @@ struct SourceState {
     staged: Option<Snapshot>,
     /// To which service each listed group of endpoints belongs.
     groups: BTreeMap<ObjectKey, Name>,
+    /// What the first lists could not read.
+    gaps: Gaps,
+}
+
+impl SourceState {
+    /// Follows what the first lists leave open. True if that has changed.
+    fn note_gaps(&mut self, event: &Event) -> bool {
+        let kept = &mut self.gaps.kept;
+        match event {
+            Event::InitKeep(key) if !self.listed.contains(&key.kind) => kept.insert(key.clone()),
+            Event::InitApply(object) | Event::Apply(object) => !kept.is_empty() && kept.remove(&object.key()),
+            Event::Delete(key) => kept.remove(key),
+            Event::InitDone(kind) => {
+                let count = kept.len();
+                let seen = self.listing.get(kind);
+                kept.retain(|key| key.kind != *kind || seen.is_some_and(|seen| seen.contains(key)));
+                kept.len() != count
+            }
+            Event::Unread(is_unread) => std::mem::replace(&mut self.gaps.is_unread, *is_unread) != *is_unread,
+            _ => false,
+        }
+    }
 }
 
 impl Content {
@@ -40,6 +62,7 @@ impl Content {
             listing: BTreeMap::new(),
             staged: Some(Snapshot::empty(visible.facts.clone(), [])),
             groups: BTreeMap::new(),
+            gaps: Gaps::default(),
         };
         let sources = sources.iter().map(|spec| (spec.id, state(spec))).collect();
         Self { visible, sources }
@@ -57,20 +80,28 @@ impl Content {
         changed
     }
 
-    /// Takes one step of a source. True if that changes the snapshot. A source that is not configured has no say.
+    /// Takes the steps of a source. True if they change the snapshot. A source that is not configured has no say.
     pub fn apply(&mut self, update: Update) -> bool {
-        let Some(source) = self.sources.get_mut(&update.source) else { return false };
-        if let Event::Problems(problems) = update.event {
-            let known = self.visible.problems.insert(update.source, problems.clone());
+        let Update { source, events } = update;
+        events.into_iter().fold(false, |changed, event| self.apply_event(source, event) | changed)
+    }
+
+    fn apply_event(&mut self, id: SourceId, event: Event) -> bool {
+        let Some(source) = self.sources.get_mut(&id) else { return false };
+        if let Event::Problems(problems) = event {
+            let known = self.visible.problems.insert(id, problems.clone());
             return known.unwrap_or_default() != problems;
         }
+        let gaps_differ = source.note_gaps(&event);
         let target = source.staged.as_mut().unwrap_or(&mut self.visible);
-        let changed =
-            step(target, &mut source.listed, &mut source.listing, &mut source.groups, update.source, update.event);
-        if source.staged.is_none() {
-            return changed;
+        let changed = step(target, &mut source.listed, &mut source.listing, &mut source.groups, id, event);
+        if source.staged.is_some() {
+            return self.enter_when_listed(id);
         }
-        self.enter_when_listed(update.source)
+        if gaps_differ {
+            self.show_gaps(id);
+        }
+        changed | gaps_differ
     }
 
     /// Makes a source's objects visible if all of its kinds have been listed. True if that happened.
@@ -85,7 +116,15 @@ impl Content {
         self.visible.nodes.extend(staged.nodes);
         self.visible.service_cidrs.extend(staged.service_cidrs);
         self.visible.pending = self.visible.pending.iter().copied().filter(|pending| *pending != id).collect();
+        self.show_gaps(id);
         true
+    }
+
+    fn show_gaps(&mut self, id: SourceId) {
+        match self.sources.get(&id).map(|source| &source.gaps) {
+            Some(gaps) if *gaps != Gaps::default() => _ = self.visible.gaps.insert(id, Arc::new(gaps.clone())),
+            _ => _ = self.visible.gaps.remove(&id),
+        }
     }
 }
 
@@ -132,7 +171,7 @@ fn step(
             }
             changed
         }
-        Event::Problems(_) => false,
+        Event::Unread(_) | Event::Problems(_) => false,
     }
 }
 
@@ -290,11 +329,7 @@ mod tests {
     }
 
     fn send(content: &mut Content, source: SourceId, events: impl IntoIterator<Item = Event>) -> bool {
-        let mut changed = false;
-        for event in events {
-            changed |= content.apply(Update { source, event });
-        }
-        changed
+        content.apply(Update { source, events: events.into_iter().collect() })
     }
 
     fn list(content: &mut Content, source: SourceId, kind: Kind, objects: impl IntoIterator<Item = Object>) -> bool {
@@ -375,6 +410,59 @@ mod tests {
         ];
         assert!(send(&mut content, SourceId::Kubernetes, events));
         assert_eq!(services(&content), ["kubernetes/default/b"]);
+    }
+
+    fn is_open(content: &Content, service: &str) -> bool {
+        let (namespace, name) = (Name::from("default"), Name::from(service));
+        content.snapshot().is_open(&ServiceKey { source: SourceId::Kubernetes, namespace, name })
+    }
+
+    #[test]
+    fn what_the_first_list_could_not_read_is_open_until_it_is_known() {
+        let mut content = content(&[SourceId::Kubernetes]);
+        let kept = Event::InitKeep(key(Kind::Service, "kept"));
+        let services = [Event::Init(Kind::Service), Event::InitApply(service("a", 1)), kept];
+        send(&mut content, SourceId::Kubernetes, services.into_iter().chain([Event::InitDone(Kind::Service)]));
+        list(&mut content, SourceId::Kubernetes, Kind::EndpointSlice, []);
+        let open = |content: &Content| ["a", "kept", "gone"].map(|name| is_open(content, name));
+        assert_eq!(open(&content), [false, true, false]);
+        assert!(content.snapshot().is_settled());
+        // Listed again: still there, still of no use.
+        let again = [Event::Init(Kind::Service), Event::InitApply(service("a", 1))];
+        let again =
+            again.into_iter().chain([Event::InitKeep(key(Kind::Service, "kept")), Event::InitDone(Kind::Service)]);
+        send(&mut content, SourceId::Kubernetes, again);
+        assert_eq!(open(&content), [false, true, false]);
+        assert!(send(&mut content, SourceId::Kubernetes, [Event::Delete(key(Kind::Service, "kept"))]));
+        assert_eq!(open(&content), [false; 3]);
+    }
+
+    #[test]
+    fn endpoints_that_the_first_list_could_not_read_leave_open_who_has_none() {
+        let mut content = content(&[SourceId::Kubernetes]);
+        list(&mut content, SourceId::Kubernetes, Kind::Service, [service("a", 1), service("b", 1)]);
+        let slices = [Event::Init(Kind::EndpointSlice), Event::InitApply(slice("a-1", "a", 1))];
+        let kept = Event::InitKeep(key(Kind::EndpointSlice, "b-1"));
+        send(
+            &mut content,
+            SourceId::Kubernetes,
+            slices.into_iter().chain([kept, Event::InitDone(Kind::EndpointSlice)]),
+        );
+        assert_eq!(["a", "b", "gone"].map(|name| is_open(&content, name)), [false, true, false]);
+        send(&mut content, SourceId::Kubernetes, [Event::Apply(slice("b-1", "b", 1))]);
+        assert!(!is_open(&content, "b"));
+    }
+
+    #[test]
+    fn a_source_with_a_part_that_cannot_be_read_leaves_open_what_it_does_not_list() {
+        let mut content = content(&[SourceId::Kubernetes]);
+        send(&mut content, SourceId::Kubernetes, [Event::Unread(true)]);
+        list(&mut content, SourceId::Kubernetes, Kind::Service, [service("a", 1), service("b", 1)]);
+        list(&mut content, SourceId::Kubernetes, Kind::EndpointSlice, [slice("a-1", "a", 1)]);
+        assert_eq!(["a", "b", "gone"].map(|name| is_open(&content, name)), [false, true, true]);
+        assert!(!content.snapshot().is_settled());
+        assert!(send(&mut content, SourceId::Kubernetes, [Event::Unread(false)]));
+        assert!(!is_open(&content, "gone") && content.snapshot().is_settled());
     }
 
     #[test]

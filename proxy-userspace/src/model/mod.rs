@@ -26,6 +26,6 @@ pub use endpoint::{Conditions, Endpoint, EndpointGroup, EndpointPort, EndpointSu
 pub use name::{Interner, Name};
 pub use node::{LocalAddress, Node, NodeFacts, NodePortAddresses, PrimaryAddresses, ServiceCidr};
 pub use service::{ByFamily, Family, Protocol, Service, ServiceKey, ServicePort, SourceId, TrafficPolicy};
-pub use snapshot::{ClusterKey, Snapshot};
+pub use snapshot::{ClusterKey, Gaps, Snapshot};
 pub use store::{Reader, Writer};
 pub use update::{Event, Kind, Object, ObjectKey, ObjectProblem, SourceSpec, Update};

@@ -1,7 +1,8 @@
 //! The contract every source speaks: Init, InitApply, InitKeep, InitDone, Apply, Delete, for each kind of object it lists.
 //!
 //! A source's objects become visible when every kind it announced has been listed once. Listing again (Init) prunes
-//! what was not listed this time, at InitDone and not before. No deadline ever deletes anything.
+//! what was not listed this time, at InitDone and not before. No deadline ever deletes anything. What the first list could
+//! not read (InitKeep, Unread) is not taken for absent: see [`Gaps`](super::snapshot::Gaps).
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use super::endpoint::{EndpointGroup, GroupKind};
 use super::name::Name;
 use super::node::{Node, ServiceCidr};
-use super::service::{Service, SourceId};
+use super::service::{Service, ServiceKey, SourceId};
 
 /// A kind of object.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -57,6 +58,13 @@ pub struct ObjectKey {
     pub namespace: Name,
     /// Its name.
     pub name: Name,
+}
+
+impl ObjectKey {
+    /// The key of a service.
+    pub fn of_service(service: &ServiceKey) -> Self {
+        Self { kind: Kind::Service, namespace: service.namespace.clone(), name: service.name.clone() }
+    }
 }
 
 impl fmt::Display for ObjectKey {
@@ -154,17 +162,19 @@ pub enum Event {
     Apply(Object),
     /// An object is gone, or no longer counts.
     Delete(ObjectKey),
+    /// Some part of the source cannot be read at all, or every part can be again: what its first list lacks may be in there.
+    Unread(bool),
     /// All that the source cannot use at the moment.
     Problems(Arc<[ObjectProblem]>),
 }
 
-/// What a source sends.
+/// What a source sends: steps that count together. Nobody sees some of them without the others.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Update {
     /// Who sends it.
     pub source: SourceId,
-    /// What happened.
-    pub event: Event,
+    /// What happened, in this order.
+    pub events: Vec<Event>,
 }
 
 /// A configured source, and what it lists.

@@ -56,6 +56,9 @@ transport_address! {
 }
 
 impl FrontendAddr {
+    /// No frontend comes before it.
+    pub const FIRST: Self = Self { addr: Addr::UNSPECIFIED_V6, port: Port(0), proto: Proto(0) };
+
     /// True for a NodePort.
     pub fn is_node_port(&self) -> bool {
         self.addr == self.addr.wildcard()

@@ -102,12 +102,12 @@ impl State {
             self.touch_everything(&mut work);
         }
         if !is_kept {
-            self.take_node(&node, next.pending.is_empty(), &mut work);
+            self.take_node(&node, next.is_settled(), &mut work);
         }
         for service in self.changed_services(before.as_ref(), next, &node) {
             self.take_service(service, next, &node, &mut work);
         }
-        if next.pending.is_empty() {
+        if next.is_settled() {
             self.drop_orphans(&mut work);
         }
         self.planned = Some((next.clone(), node));
@@ -149,7 +149,7 @@ impl State {
     }
 
     fn remarks_to<'a>(&'a self, service: &'a ServiceKey) -> impl Iterator<Item = Problem> + 'a {
-        let first = (service.clone(), FIRST_FRONTEND, Remark::Conflict);
+        let first = (service.clone(), FrontendAddr::FIRST, Remark::Conflict);
         let own = self.remarks.range(first..).take_while(move |(to, ..)| to == service);
         own.filter_map(|(_, at, remark)| match remark {
             Remark::IsBackend => Some(Problem::FrontendIsBackend { frontend: *at }),
@@ -171,16 +171,23 @@ impl State {
             Some((old, old_node)) if !old_node.plans_differ(node) => differing(old, next),
             _ => next.services.keys().chain(self.programmed_services()).cloned().collect(),
         };
-        let was_pending = |source: &SourceId| before.is_some_and(|(old, _)| old.is_pending(*source));
-        let entered: Vec<_> = SourceId::ALL.into_iter().filter(was_pending).collect();
+        let tells_more = |source: &SourceId| {
+            before.is_some_and(|(old, _)| old.is_pending(*source) || old.gaps.get(source) != next.gaps.get(source))
+        };
+        let entered: Vec<_> = SourceId::ALL.into_iter().filter(tells_more).collect();
         if !entered.is_empty() {
             changed.extend(self.programmed_services().filter(|key| entered.contains(&key.source)).cloned());
         }
         if std::mem::take(&mut self.has_room) {
             changed.extend(self.refused.iter().cloned());
         }
-        changed.retain(|key| !next.is_pending(key.source));
+        changed.retain(|key| !next.is_pending(key.source) && !(next.is_open(key) && self.is_held(key)));
         changed
+    }
+
+    /// True if a service is as the tables had it at the start.
+    fn is_held(&self, key: &ServiceKey) -> bool {
+        self.ports_of(key).any(|name| self.ports[name].is_held)
     }
 
     fn programmed_services(&self) -> impl Iterator<Item = &ServiceKey> {
@@ -405,10 +412,6 @@ impl State {
     }
 }
 
-/// No frontend comes before it.
-const FIRST_FRONTEND: FrontendAddr =
-    FrontendAddr { addr: Addr::UNSPECIFIED_V6, port: proxy_common::addr::Port(0), proto: proxy_common::addr::Proto(0) };
-
 /// The claim of a port on one of its frontends.
 pub(super) fn claim(name: &Arc<PortName>, port: &Port, frontend: &PlannedFrontend) -> Claim {
     Claim {
@@ -433,7 +436,7 @@ fn leaving(port: &Port, layout: &Layout) -> Vec<BackendId> {
 /// True if nothing differs that this node's entries depend on.
 fn is_same_node(old: &Snapshot, new: &Snapshot) -> bool {
     let same_objects = old.nodes.ptr_eq(&new.nodes) && old.service_cidrs.ptr_eq(&new.service_cidrs);
-    same_objects && Arc::ptr_eq(&old.facts, &new.facts) && old.pending.is_empty() == new.pending.is_empty()
+    same_objects && Arc::ptr_eq(&old.facts, &new.facts) && old.is_settled() == new.is_settled()
 }
 
 /// Services of which the object or the endpoints differ.

@@ -220,7 +220,7 @@ fn events(step: &Step) -> Option<Update> {
         }
         Step::Facts { .. } | Step::Grace(_) | Step::Crash(_) => return None,
     };
-    Some(Update { source, event })
+    Some(Update { source, events: vec![event] })
 }
 
 /// The agent and its kernel.
@@ -313,8 +313,8 @@ impl World {
     fn new(limits: Limits) -> Self {
         let mut content = Content::new(Arc::new(facts(0)), &SOURCES);
         for spec in SOURCES {
-            content.apply(Update { source: spec.id, event: Event::Init(Kind::Service) });
-            content.apply(Update { source: spec.id, event: Event::InitDone(Kind::Service) });
+            let events = vec![Event::Init(Kind::Service), Event::InitDone(Kind::Service)];
+            content.apply(Update { source: spec.id, events });
         }
         assert!(content.snapshot().pending.is_empty());
         let state = Some(State::empty(limits, snat()));
@@ -519,6 +519,66 @@ fn an_unlisted_source_keeps_what_the_tables_have_and_a_removed_one_does_not() {
     let mut after = world.tables.clone();
     plan.groups.iter().flat_map(|group| group.now.iter().chain(&group.after_grace)).for_each(|op| after.apply(op));
     assert!(after.frontends.is_empty() && after.names.is_empty() && after.backends.is_empty(), "{after}");
+}
+
+/// Service `svc-NUMBER` with a ClusterIP of its own and nothing else.
+fn plain_service(number: u8) -> Object {
+    let service = Service {
+        cluster_ips: ByFamily { v4: Some(v4(96, number.into())), v6: None },
+        external_ips: Box::default(),
+        load_balancer_ips: Box::default(),
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        ..service(0)
+    };
+    let name = Name::from(format!("svc-{number}").as_str());
+    Object::Service { namespace: Name::from("default"), name, service: Arc::new(service) }
+}
+
+/// A restart while a part of a source cannot be read.
+#[test]
+fn what_a_source_could_not_read_stays_as_the_tables_have_it_and_all_else_goes_on() {
+    let mut world = World::new(LIMITS);
+    let plain = |number: u8| Update { source: SourceId::Kubernetes, events: vec![Event::Apply(plain_service(number))] };
+    for name in 0..3 {
+        world.content.apply(plain(name));
+        let genes = vec![1 + u16::from(name) * 3];
+        world.step(&Step::Slice { source: SourceId::Kubernetes, slice: name, service: name, genes });
+    }
+    let before = world.settled();
+    assert_eq!(before.names.len(), 3, "{before}");
+
+    // Service 0 with another endpoint; of service 1 only the object, of service 2 nothing.
+    let facts = world.content.snapshot().facts.clone();
+    world.content = Content::new(facts, &SOURCES);
+    world.state = Some(State::restore(LIMITS, snat(), &world.tables));
+    let tell = |world: &mut World, source, events| _ = world.content.apply(Update { source, events });
+    tell(&mut world, SourceId::Kubernetes, vec![Event::Init(Kind::Service), Event::Unread(true)]);
+    for name in 0..2 {
+        world.content.apply(plain(name));
+    }
+    let slice = Step::Slice { source: SourceId::Kubernetes, slice: 0, service: 0, genes: vec![1, 4] };
+    world.content.apply(events(&slice).unwrap());
+    tell(&mut world, SourceId::Kubernetes, vec![Event::InitDone(Kind::Service)]);
+    tell(&mut world, SourceId::Manifests, vec![Event::Init(Kind::Service), Event::InitDone(Kind::Service)]);
+    world.advance();
+    let text = world.settled().to_string();
+    let of = |text: &str, name: u8| {
+        let head = format!("service kubernetes/default/svc-{name}:");
+        let lines = text.lines().skip_while(|line| !line.starts_with(&head)).skip(1);
+        lines.take_while(|line| line.starts_with(' ')).collect::<Vec<_>>().join("\n")
+    };
+    for name in [1, 2] {
+        assert!(of(&text, name).contains("10.244"), "{text}");
+        assert_eq!(of(&text, name), of(&before.to_string(), name));
+    }
+    assert_ne!(of(&text, 0), of(&before.to_string(), 0), "{text}");
+
+    tell(&mut world, SourceId::Kubernetes, vec![Event::Unread(false)]);
+    world.advance();
+    let text = world.settled().to_string();
+    assert!(of(&text, 1).contains("reject") && of(&text, 2).is_empty(), "{text}");
+    world.check_against_rebuild();
 }
 
 #[test]

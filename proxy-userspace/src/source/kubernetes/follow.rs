@@ -284,7 +284,7 @@ impl<'a> Follower<'a> {
         let event = what(&mut *self.intake.lock().await, self.query.kind());
         match event {
             Some(event) => {
-                let update = Update { source: SourceId::Kubernetes, event };
+                let update = Update { source: SourceId::Kubernetes, events: vec![event] };
                 self.updates.send(update).await.map_err(|_| Unheard)
             }
             None => Ok(()),

@@ -19,6 +19,10 @@ pub struct Folder {
     owners: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// Objects that several files have.
     contested: BTreeSet<ObjectKey>,
+    /// Files that could not be read when everything was listed, nor since.
+    unread: BTreeSet<String>,
+    /// Everything was listed.
+    is_listed: bool,
     /// What is wrong with the folder itself.
     own_problem: Option<ObjectProblem>,
 }
@@ -27,6 +31,8 @@ pub struct Folder {
 #[derive(Default)]
 struct File {
     objects: BTreeMap<ObjectKey, Object>,
+    /// Objects that cannot be used and of which nothing else is known.
+    unusable: BTreeSet<ObjectKey>,
     problems: Vec<ObjectProblem>,
 }
 
@@ -36,11 +42,19 @@ impl Folder {
         self.files.keys().map(String::as_str)
     }
 
-    /// Everything, as a complete list of every kind.
-    pub fn list(&self) -> Vec<Event> {
+    /// Everything, as a complete list of every kind, and whether there was more that could not be read.
+    pub fn list(&mut self) -> Vec<Event> {
+        self.is_listed = true;
         let objects = self.owners.keys().filter_map(|key| self.winner(key)).cloned().map(Event::InitApply);
-        let begin = Kind::ALL.into_iter().map(Event::Init);
-        begin.chain(objects).chain(Kind::ALL.into_iter().map(Event::InitDone)).collect()
+        let unusable = self.files.values().flat_map(|file| &file.unusable);
+        let kept = unusable.filter(|key| self.winner(key).is_none()).cloned().map(Event::InitKeep);
+        let begin = Kind::ALL.into_iter().map(Event::Init).chain([Event::Unread(self.is_unread())]);
+        begin.chain(objects).chain(kept).chain(Kind::ALL.into_iter().map(Event::InitDone)).collect()
+    }
+
+    /// True if what was listed lacks a file, because it could not be read then and cannot now.
+    pub fn is_unread(&self) -> bool {
+        !self.unread.is_empty()
     }
 
     /// All that cannot be used.
@@ -66,6 +80,9 @@ impl Folder {
 
     /// Takes a file that cannot be read: what it had stays.
     pub fn fail(&mut self, name: &str, message: String) {
+        if !self.is_listed {
+            self.unread.insert(name.to_owned());
+        }
         let file = self.files.entry(name.to_owned()).or_default();
         file.problems = vec![ObjectProblem { place: name.to_owned(), message }];
     }
@@ -75,7 +92,7 @@ impl Folder {
         match parse_file(format, text, &mut self.interner) {
             Ok(items) => {
                 let known = self.files.get(name).map(|file| &file.objects);
-                let file = read_items(name, items, known);
+                let file = read_items(name, items, known, self.is_listed);
                 self.replace(name, Some(file))
             }
             Err(error) => {
@@ -91,7 +108,10 @@ impl Folder {
     }
 
     fn replace(&mut self, name: &str, file: Option<File>) -> Vec<Event> {
+        self.unread.remove(name);
         let keys = |file: &File| file.objects.keys().cloned().collect::<BTreeSet<_>>();
+        let unusable = |file: Option<&File>| file.map(|file| file.unusable.clone()).unwrap_or_default();
+        let void: BTreeSet<_> = &unusable(self.files.get(name)) - &unusable(file.as_ref());
         let old = self.files.get(name).map(keys).unwrap_or_default();
         let new = file.as_ref().map(keys).unwrap_or_default();
         let touched: Vec<_> = old.union(&new).cloned().collect();
@@ -108,7 +128,10 @@ impl Folder {
             Some(object) => Some(Event::Apply(object.clone())),
             None => Some(Event::Delete(key)),
         });
-        changes.collect()
+        let mut changes: Vec<_> = changes.collect();
+        let void = void.into_iter().filter(|key| self.winner(key).is_none());
+        changes.extend(void.map(Event::Delete));
+        changes
     }
 
     fn own(&mut self, key: &ObjectKey, name: &str, has_it: bool) {
@@ -130,14 +153,15 @@ impl Folder {
     }
 }
 
-/// What the objects of a file mean. One that cannot be used stays as it was before (`known`).
-fn read_items(name: &str, items: Vec<Item>, known: Option<&BTreeMap<ObjectKey, Object>>) -> File {
+/// What the objects of a file mean. One that cannot be used stays as it was before (`known`; before everything was listed, as
+/// an earlier run of the agent knew it).
+fn read_items(name: &str, items: Vec<Item>, known: Option<&BTreeMap<ObjectKey, Object>>, is_listed: bool) -> File {
     let mut file = File::default();
     for item in items {
         match item {
             Item::OtherKind { kind } => debug!(file = name, kind, "not a kind that is read"),
             Item::Object(Ok(decoded)) => file.take(name, decoded),
-            Item::Object(Err(error)) => file.keep(name, &error, known),
+            Item::Object(Err(error)) => file.keep(name, &error, known, is_listed),
         }
     }
     file
@@ -162,13 +186,21 @@ impl File {
         }
     }
 
-    fn keep(&mut self, name: &str, error: &decode::Error, known: Option<&BTreeMap<ObjectKey, Object>>) {
+    fn keep(
+        &mut self,
+        name: &str,
+        error: &decode::Error,
+        known: Option<&BTreeMap<ObjectKey, Object>>,
+        is_listed: bool,
+    ) {
         let before = error.key.as_ref().and_then(|key| known?.get_key_value(key));
-        let then = if before.is_some() { "what it was before stays" } else { "it is left out" };
+        let then = if before.is_some() || !is_listed { "what it was before stays" } else { "it is left out" };
         let problem = ObjectProblem::from(error);
         self.report(name, problem.place, format!("{}; {then}", problem.message));
         if let Some((key, object)) = before {
             self.objects.entry(key.clone()).or_insert_with(|| object.clone());
+        } else {
+            self.unusable.extend(error.key.clone());
         }
     }
 }
@@ -224,6 +256,7 @@ mod tests {
     fn an_object_that_cannot_be_used_stays_as_it_was_and_harms_no_other() {
         let mut folder = Folder::default();
         read(&mut folder, "x.yaml", &service("a", "1"));
+        folder.list();
         let text = format!("{}---\n{}---\n{}", service("a", "99999"), service("b", "0"), service("c", "3"));
         assert_eq!(read(&mut folder, "x.yaml", &text), ["c has port 3"]);
         let expected = [
@@ -231,7 +264,39 @@ mod tests {
             "x.yaml: Service default/b: spec.ports[0].port: 0 is not a port: ports are 1 to 65535; it is left out",
         ];
         assert_eq!(messages(&folder), expected);
-        assert_eq!(read(&mut folder, "x.yaml", &service("c", "3")), ["a is gone"]);
+        assert_eq!(read(&mut folder, "x.yaml", &service("c", "3")), ["a is gone", "b is gone"]);
+    }
+
+    /// An earlier run of the agent may have known better.
+    #[test]
+    fn what_cannot_be_used_when_everything_is_listed_is_not_listed_as_absent() {
+        let mut folder = Folder::default();
+        read(&mut folder, "good.yaml", &format!("{}---\n{}", service("a", "1"), service("b", "0")));
+        read(&mut folder, "broken.yaml", "kind: [");
+        assert_eq!(
+            messages(&folder)[1],
+            "good.yaml: Service default/b: spec.ports[0].port: 0 is not a port: ports are 1 to 65535; what it was before stays"
+        );
+        let listed = folder.list();
+        let kept = listed.iter().filter_map(|event| match event {
+            Event::InitKeep(key) => Some(key.to_string()),
+            _ => None,
+        });
+        assert_eq!(kept.collect::<Vec<_>>(), ["Service default/b"]);
+        assert!(listed.contains(&Event::Unread(true)) && folder.is_unread());
+        read(&mut folder, "new.yaml", "kind: [");
+        assert_eq!(read(&mut folder, "broken.yaml", &service("c", "3")), ["c has port 3"]);
+        assert!(!folder.is_unread(), "a file that came later lacks nothing that was there before");
+        assert_eq!(read(&mut folder, "good.yaml", &service("a", "1")), ["b is gone"]);
+    }
+
+    #[test]
+    fn a_file_that_could_not_be_read_and_is_removed_leaves_nothing_open() {
+        let mut folder = Folder::default();
+        read(&mut folder, "broken.yaml", "kind: [");
+        folder.list();
+        assert!(folder.remove("broken.yaml").is_empty());
+        assert!(!folder.is_unread());
     }
 
     #[test]
@@ -251,7 +316,7 @@ mod tests {
         read(&mut folder, "a.yaml", &service("a", "1"));
         read(&mut folder, "b.yaml", &service("a", "2"));
         let applied = folder.list().into_iter().filter(|event| matches!(event, Event::InitApply(_))).count();
-        assert_eq!((applied, folder.list().len()), (1, 1 + 2 * Kind::ALL.len()));
+        assert_eq!((applied, folder.list().len()), (1, 2 + 2 * Kind::ALL.len()));
     }
 
     #[test]

@@ -7,8 +7,9 @@
 //! | [`watch`] | the folder on disk: which files to read, and when |
 //!
 //! Whatever swaps a file as a whole (rename, a ConfigMap's `..data` link) counts at once. A file that is being written counts
-//! when its writer has closed it, or has left it alone for a second. A file that does not parse, and an object that cannot be
-//! used, keep their last good state and are reported. Of an object in several files the first file, by name, counts.
+//! when its writer has closed it, or has left it alone for a second. What one look at the folder shows counts together. A file
+//! that does not parse, and an object that cannot be used, keep their last good state and are reported; at the start that is
+//! what an earlier run of the agent left in the tables. Of an object in several files the first file, by name, counts.
 
 pub mod folder;
 pub mod parse;

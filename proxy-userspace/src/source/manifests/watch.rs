@@ -13,17 +13,22 @@ use std::time::{Duration, SystemTime};
 use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind, RenameMode};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use tracing::{info, warn};
 
 use super::folder::Folder;
 use super::parse::Format;
+use crate::datapath::sys;
 use crate::model::{Event, ObjectProblem, SourceId, Update};
 
 /// A file that was written so recently may be written on.
 const QUIET: Duration = Duration::from_secs(1);
 /// A file that is gone may be about to be replaced (editors do so).
 const REPLACEMENT: Duration = Duration::from_millis(100);
+/// How long the first list waits for files that are being written; then it says that it lacks them.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often they are looked at meanwhile.
+const PAUSE: Duration = Duration::from_millis(50);
 /// How often everything is looked at without being told: for what links point to, network file systems, lost messages.
 const BACKSTOP: Duration = Duration::from_secs(5);
 
@@ -69,10 +74,12 @@ impl Manifests {
         let mut watch = Watch::open(&self.dir, told.clone())?;
         let disk = Disk::new(self.dir.clone());
         let names = disk.names().map_err(|source| Error::List { dir: self.dir.clone(), source })?;
-        let (mut disk, events) = on_disk(disk, |disk| disk.list(names)).await;
+        let (disk, unsettled) = first_look(disk, names).await;
+        let mut schedule = Schedule::default();
+        schedule.look_again(unsettled.clone(), Instant::now());
+        let (mut disk, events) = on_disk(disk, |disk| disk.list(unsettled)).await;
         info!(folder = %self.dir.display(), files = disk.stamps.len(), "manifests listed");
         let mut is_heard = self.send(events).await;
-        let mut schedule = Schedule::default();
         let mut backstop = interval(BACKSTOP);
         backstop.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while is_heard {
@@ -95,14 +102,23 @@ impl Manifests {
         Ok(())
     }
 
-    /// False if nobody listens any more.
+    /// Tells what one look at the folder has shown, as one update: what is swapped together counts together. False if
+    /// nobody listens any more.
     async fn send(&self, events: Vec<Event>) -> bool {
-        for event in events {
-            if self.updates.send(Update { source: SourceId::Manifests, event }).await.is_err() {
-                return false;
-            }
+        events.is_empty() || self.updates.send(Update { source: SourceId::Manifests, events }).await.is_ok()
+    }
+}
+
+/// Reads files for the first time. Those that are being written are waited for, up to a limit; the rest of them comes back.
+async fn first_look(mut disk: Disk, names: BTreeSet<String>) -> (Disk, Vec<String>) {
+    let deadline = Instant::now() + PATIENCE;
+    let mut waiting: Vec<String> = names.into_iter().collect();
+    loop {
+        (disk, waiting) = on_disk(disk, |disk| disk.first_look(waiting)).await;
+        if waiting.is_empty() || Instant::now() >= deadline {
+            return (disk, waiting);
         }
-        true
+        sleep(PAUSE).await;
     }
 }
 
@@ -120,6 +136,8 @@ async fn on_disk<T: Send + 'static>(mut disk: Disk, work: impl FnOnce(&mut Disk)
 enum Look {
     /// It may still be written: when it has been left alone.
     WhenQuiet,
+    /// The same, or when nobody has it open for writing.
+    WhenClosed,
     /// It is whole.
     AtOnce,
 }
@@ -326,11 +344,13 @@ struct Disk {
     folder: Folder,
     stamps: BTreeMap<String, Stamp>,
     told: Arc<[ObjectProblem]>,
+    /// The source was said to lack a file that could not be read.
+    told_unread: bool,
 }
 
 impl Disk {
     fn new(dir: PathBuf) -> Self {
-        Self { dir, folder: Folder::default(), stamps: BTreeMap::new(), told: Arc::default() }
+        Self { dir, folder: Folder::default(), stamps: BTreeMap::new(), told: Arc::default(), told_unread: false }
     }
 
     /// Names of the manifests in the folder.
@@ -340,12 +360,22 @@ impl Disk {
         Ok(names?.into_iter().flatten().filter(|name| Format::of_file(name).is_some()).collect())
     }
 
-    /// Reads files for the first time: complete lists, and what is wrong.
-    fn list(&mut self, names: BTreeSet<String>) -> Vec<Event> {
+    /// Reads files for the first time. Those that are being written come back.
+    fn first_look(&mut self, names: Vec<String>) -> Vec<String> {
+        let mut unsettled = Vec::new();
         for name in names {
-            self.look_at(&name, Look::AtOnce, &mut Vec::new());
+            self.look_at(&name, Look::WhenClosed, &mut unsettled);
+        }
+        unsettled
+    }
+
+    /// Complete lists of what was read, and what is wrong. `unsettled` could not be read.
+    fn list(&mut self, unsettled: Vec<String>) -> Vec<Event> {
+        for name in unsettled {
+            self.folder.fail(&name, "is being written all the time; what it had before stays".to_owned());
         }
         let mut events = self.folder.list();
+        self.told_unread = self.folder.is_unread();
         events.extend(self.problems());
         events
     }
@@ -354,6 +384,7 @@ impl Disk {
     fn look(&mut self, work: Work) -> (Vec<Event>, Vec<String>) {
         let mut unsettled = Vec::new();
         let mut events = Vec::new();
+        let before = self.generation();
         for (name, look) in work.files {
             events.extend(self.look_at(&name, look, &mut unsettled));
         }
@@ -362,8 +393,22 @@ impl Disk {
                 events.extend(self.look_at(&name, look, &mut unsettled));
             }
         }
+        // What is swapped together counts together, even if it was swapped in the middle of this.
+        if self.generation() != before {
+            for name in self.all_names() {
+                events.extend(self.look_at(&name, Look::AtOnce, &mut unsettled));
+            }
+        }
+        if std::mem::replace(&mut self.told_unread, self.folder.is_unread()) != self.told_unread {
+            events.push(Event::Unread(self.told_unread));
+        }
         events.extend(self.problems());
         (events, unsettled)
+    }
+
+    /// What is another one after all files have been swapped: the folder, or the link in it through which that is done.
+    fn generation(&self) -> (Option<(u64, u64)>, Option<PathBuf>) {
+        (identity(&self.dir), fs::read_link(self.dir.join("..data")).ok())
     }
 
     /// Every file that is there or was; none if the folder cannot be listed.
@@ -399,7 +444,12 @@ impl Disk {
         if self.stamps.get(name) == Some(&stamp) {
             return Vec::new();
         }
-        if look == Look::WhenQuiet && !is_quiet(&metadata) {
+        let may_be_written = match look {
+            Look::AtOnce => false,
+            Look::WhenClosed => !is_quiet(&metadata) && !is_closed(&path),
+            Look::WhenQuiet => !is_quiet(&metadata),
+        };
+        if may_be_written {
             unsettled.push(name.to_owned());
             return Vec::new();
         }
@@ -441,11 +491,19 @@ fn is_quiet(metadata: &Metadata) -> bool {
     !SystemTime::now().duration_since(modified).is_ok_and(|age| age < QUIET)
 }
 
+/// True if nobody has a file open for writing; false if that cannot be found out.
+fn is_closed(path: &Path) -> bool {
+    fs::File::open(path).and_then(|file| sys::has_writer(&file)).is_ok_and(|has_writer| !has_writer)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Kind, Object};
+    use crate::model::content::Content;
+    use crate::model::{Kind, Name, NodeFacts, Object};
+    use crate::source::manifests::SPEC;
     use notify::event::{CreateKind, DataChange};
+    use std::collections::VecDeque;
     use std::os::unix::fs::symlink;
 
     /// A source on a folder of its own.
@@ -453,6 +511,10 @@ mod tests {
         _dir: tempfile::TempDir,
         path: PathBuf,
         updates: mpsc::Receiver<Update>,
+        /// What was told first.
+        listed: Vec<Event>,
+        /// Events of updates that were received.
+        events: VecDeque<Event>,
     }
 
     fn service(port: u16) -> String {
@@ -476,20 +538,22 @@ mod tests {
             let path = prepare(dir.path());
             let (sender, updates) = mpsc::channel(64);
             tokio::spawn(Manifests::new(path.clone(), sender).run());
-            let mut running = Self { _dir: dir, path, updates };
-            for kind in Kind::ALL {
-                running.until(|event| *event == Event::InitDone(kind)).await;
-            }
+            let mut running = Self { _dir: dir, path, updates, listed: Vec::new(), events: VecDeque::new() };
+            running.listed = running.updates.recv().await.expect("the source lists").events;
+            assert!(Kind::ALL.into_iter().all(|kind| running.listed.contains(&Event::InitDone(kind))));
             running
         }
 
         /// The next event that is looked for; the test runner's patience is the limit.
         async fn until(&mut self, wanted: impl Fn(&Event) -> bool) -> Event {
             loop {
-                let update = self.updates.recv().await.expect("the source runs until nobody listens");
-                if wanted(&update.event) {
-                    return update.event;
+                while let Some(event) = self.events.pop_front() {
+                    if wanted(&event) {
+                        return event;
+                    }
                 }
+                let update = self.updates.recv().await.expect("the source runs until nobody listens");
+                self.events.extend(update.events);
             }
         }
 
@@ -568,6 +632,59 @@ mod tests {
         assert_eq!(running.port().await, 2);
     }
 
+    /// More objects than a channel's sender passes on without a pause, and two files.
+    #[tokio::test]
+    async fn what_is_swapped_together_is_seen_together() {
+        const PAIRS: u16 = 300;
+        let pair = |number: u16, port: &str| {
+            let service = format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: s{number}}}\n\
+                 spec: {{clusterIP: 10.96.{}.{}, ports: [{{name: {port}, port: 80}}]}}\n---\n",
+                number / 250,
+                number % 250
+            );
+            let slice = format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+                 metadata: {{name: s{number}, labels: {{kubernetes.io/service-name: s{number}}}}}\n\
+                 ports: [{{name: {port}, port: 80}}]\nendpoints: [{{addresses: [10.244.0.1]}}]\n---\n"
+            );
+            (service, slice)
+        };
+        let prepare = |dir: &Path| {
+            for (version, port) in [("1", "old"), ("2", "new")] {
+                let pairs: (Vec<_>, Vec<_>) = (0..PAIRS).map(|number| pair(number, port)).unzip();
+                let (first, second) = if version == "1" { ("a.yaml", "b.yaml") } else { ("b.yaml", "a.yaml") };
+                fs::create_dir(dir.join(version)).unwrap();
+                fs::write(dir.join(version).join(first), pairs.0.concat()).unwrap();
+                fs::write(dir.join(version).join(second), pairs.1.concat()).unwrap();
+            }
+            symlink("1", dir.join("current")).unwrap();
+            dir.join("current")
+        };
+        let mut running = Running::start(prepare).await;
+        let mut content = Content::new(Arc::new(NodeFacts::named(Name::from("node-a"))), &[SPEC]);
+        let listed = std::mem::take(&mut running.listed);
+        content.apply(Update { source: SourceId::Manifests, events: listed });
+        let ports_of = |content: &Content| {
+            let snapshot = content.snapshot();
+            let services = snapshot.services.values().map(|service| service.ports[0].name.clone());
+            let slices = snapshot.endpoints.values().map(|slices| slices.groups()[0].subsets[0].ports[0].name.clone());
+            let names: Vec<_> = services.chain(slices).collect();
+            assert_eq!(names.len(), 2 * usize::from(PAIRS), "all are there all the time");
+            names.into_iter().map(|name| name.to_string()).collect::<BTreeSet<_>>()
+        };
+        assert_eq!(ports_of(&content), BTreeSet::from(["old".to_owned()]));
+        let dir = running.path.parent().unwrap().to_owned();
+        symlink("2", dir.join("next")).unwrap();
+        fs::rename(dir.join("next"), dir.join("current")).unwrap();
+        let mut ports = BTreeSet::new();
+        while ports != BTreeSet::from(["new".to_owned()]) {
+            content.apply(running.updates.recv().await.expect("the source runs until nobody listens"));
+            ports = ports_of(&content);
+            assert_eq!(ports.len(), 1, "old and new are mixed");
+        }
+    }
+
     #[tokio::test]
     async fn a_folder_that_is_a_link_may_be_turned() {
         let prepare = |dir: &Path| {
@@ -599,6 +716,48 @@ mod tests {
         let mut running = Running::start(prepare).await;
         put(&running.path.parent().unwrap().join("elsewhere/web.yaml"), &service(2));
         assert_eq!(running.port().await, 2);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_being_written_at_the_start_is_listed_whole() {
+        use std::io::Write;
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = fs::File::create(dir.path().join("web.yaml")).unwrap();
+        // What is there so far is a manifest too.
+        file.write_all(service(1).as_bytes()).unwrap();
+        let (disk, unsettled) = on_disk(Disk::new(dir.path().to_owned()), |disk| {
+            let names = disk.names().unwrap();
+            disk.first_look(names.into_iter().collect())
+        })
+        .await;
+        assert_eq!(unsettled, ["web.yaml"]);
+        let looking = tokio::spawn(first_look(disk, unsettled.into_iter().collect()));
+        write!(file, "---\n{}", service(2).replace("web", "other")).unwrap();
+        drop(file);
+        let (mut disk, unsettled) = looking.await.unwrap();
+        assert!(unsettled.is_empty(), "its writer has closed it");
+        let applied = disk.list(unsettled).into_iter().filter(|event| matches!(event, Event::InitApply(_)));
+        assert_eq!(applied.count(), 2);
+    }
+
+    #[test]
+    fn a_file_that_is_written_for_ever_is_lacking_and_taken_when_it_is_whole() {
+        use std::io::Write;
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("other.yaml"), service(1)).unwrap();
+        let mut file = fs::File::create(dir.path().join("web.yaml")).unwrap();
+        file.write_all(b"kind: [").unwrap();
+        let mut disk = Disk::new(dir.path().to_owned());
+        let unsettled = disk.first_look(disk.names().unwrap().into_iter().collect());
+        let events = disk.list(unsettled);
+        assert!(events.contains(&Event::Unread(true)));
+        assert_eq!(events.iter().filter(|event| matches!(event, Event::InitApply(_))).count(), 1, "the other file");
+        drop(file);
+        put(&dir.path().join("web.yaml"), &service(2));
+        let work = Work { files: vec![("web.yaml".to_owned(), Look::AtOnce)], everything: None };
+        let (events, _) = disk.look(work);
+        assert_eq!(events.last().map(|event| matches!(event, Event::Problems(_))), Some(true));
+        assert!(events.contains(&Event::Unread(false)), "{events:?}");
     }
 
     #[tokio::test]

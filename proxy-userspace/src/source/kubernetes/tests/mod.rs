@@ -63,11 +63,12 @@ impl Rig {
         let update = tokio::time::timeout(Duration::from_secs(30), self.updates.recv()).await;
         let update = update.expect("there is news within a generous time").expect("the source goes on");
         assert_eq!(update.source, SourceId::Kubernetes);
-        if let Event::Problems(problems) = &update.event {
+        self.content.apply(update.clone());
+        let [event] = update.events.try_into().expect("this source tells each event by itself");
+        if let Event::Problems(problems) = &event {
             self.problems = problems.clone();
         }
-        self.content.apply(update.clone());
-        update.event
+        event
     }
 
     /// What is told of services next, in words.
