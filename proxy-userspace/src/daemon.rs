@@ -26,7 +26,7 @@ use crate::datapath::maps::{KernelMaps, NodeConfig};
 use crate::datapath::metrics::Tables;
 use crate::datapath::network::{Network, Watcher};
 use crate::datapath::object::OBJECT;
-use crate::datapath::pins::Pins;
+use crate::datapath::pins::{LOADED_NOTE, Pins};
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
 use crate::datapath::{node, restore, sweep, sys};
@@ -172,6 +172,7 @@ async fn build(
         reporter,
     };
 
+    let adopted = loaded.adopted;
     let (attached_sender, attached) = watch::channel(false);
     let mut attachments = attach::Task {
         sockets: sockets(config, pins)?,
@@ -181,14 +182,18 @@ async fn build(
         has_left_earlier: false,
         network: network.clone(),
         facts: facts.clone(),
-        is_adopted: loaded.adopted,
+        is_adopted: adopted,
         status: status.clone(),
         attached: attached_sender,
     };
     let refused = attachments.devices.watch_refused();
     attachments.take_over()?;
     Tables::register(&mut registry, loaded.maps, pins.clone(), sweep.watch());
-    let health = Health::new(status.clone(), attached.clone(), progress, drain.clone());
+    if !adopted {
+        pins.unmark(LOADED_NOTE)?;
+    }
+    let was_programmed = pins.marks()?.iter().any(|note| note == LOADED_NOTE);
+    let health = Health::new(status.clone(), attached.clone(), progress, drain.clone(), was_programmed);
     health.register(&mut registry);
     listeners.spawn("health", config.healthz, health);
     listeners.spawn("metrics", config.metrics, Metrics::new(registry));
@@ -215,8 +220,11 @@ async fn build(
         Ok(())
     });
     let admin = admin::serve(config.admin_socket.clone(), status.clone(), refused);
-    parts.spawn("admin socket", drained(drain.clone(), async { Ok(admin.await?) }));
-    parts.spawn("readiness", drained(drain.clone(), announce(status, attached, config.ready_file.clone())));
+    parts.spawn("admin socket", drained(drain.clone(), async { match admin.await {} }));
+    parts.spawn(
+        "readiness",
+        drained(drain.clone(), announce(status, attached, pins.clone(), config.ready_file.clone())),
+    );
     if let Some(folder) = &config.manifests {
         let source = Manifests::new(folder.clone(), updates_sender.clone());
         parts.spawn("manifests", drained(drain.clone(), async { Ok(source.run().await?) }));
@@ -308,10 +316,12 @@ async fn follow_facts(
 async fn announce(
     mut status: watch::Receiver<Arc<Status>>,
     mut attached: watch::Receiver<bool>,
+    pins: Pins,
     ready_file: Option<PathBuf>,
 ) -> Result<()> {
     status.wait_for(|status| status.is_ready).await?;
     attached.wait_for(|attached| *attached).await?;
+    pins.mark(LOADED_NOTE)?;
     info!("first plan applied");
     if let Some(path) = ready_file {
         touch(&path)?;

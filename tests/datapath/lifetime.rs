@@ -1,6 +1,7 @@
 //! The agent comes and goes; what it has programmed stays and is taken over.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::Signal;
 use shunt_tests::cgroup::Cgroup;
@@ -109,6 +110,28 @@ fn a_second_agent_on_one_directory_refuses() {
     assert_eq!(status.code(), Some(1), "{second}");
     assert!(second.lines().join("\n").contains("another agent owns"), "{second}");
     assert_eq!(node.json("status")["agent"], true);
+}
+
+/// Asking whether an agent runs takes the lock for nobody.
+#[test]
+fn an_agent_starts_while_the_status_is_asked_for() {
+    let mut node = Lone::new();
+    node.start([]);
+    node.stop();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    node.pins().is_locked().expect("it is there");
+                }
+            });
+        }
+        let lock = node.pins().lock();
+        stop.store(true, Ordering::Relaxed);
+        lock.expect("nobody owns it");
+    });
+    assert_eq!(node.json("status")["agent"], false);
 }
 
 #[test]

@@ -45,6 +45,11 @@ impl Rig {
         get(&self.cluster.client.place, self.address(), path)
     }
 
+    /// The code of the answer, if somebody answers.
+    fn ask_now(&self, path: &str) -> Option<u16> {
+        Some(try_get(&self.cluster.client.place, self.address(), path).ok()?.status)
+    }
+
     #[track_caller]
     fn codes(&self) -> [u16; 3] {
         PATHS.map(|path| self.ask(path).status)
@@ -81,6 +86,21 @@ fn a_node_is_healthy_when_all_is_loaded_and_alive_before() {
     assert!(samples.value("kubeproxy_sync_proxy_rules_duration_seconds_count") >= 1.0);
     assert!(samples.value(r#"kubeproxy_proxy_healthz_total{code="503"}"#) >= 1.0);
     assert_eq!(samples.value(r#"kubeproxy_proxy_healthz_total{code="200"}"#), 1.0);
+}
+
+/// What was loaded once serves on, so a node whose sources are out of reach when its agent restarts keeps its clients.
+#[test]
+fn a_restarted_agent_is_healthy_before_its_sources_list_again() {
+    let mut rig = Rig::build();
+    rig.agent.start();
+    rig.agent.crash();
+    let lease = Lease::on(&rig.manifests.dir().join("web.yaml"));
+    rig.agent.spawn();
+    wait::until("the node to be healthy", || rig.ask_now("/healthz") == Some(200));
+    assert_eq!(rig.codes(), [200, 200, 503]);
+    drop(lease);
+    rig.agent.wait_log("first plan applied");
+    assert_eq!(rig.codes(), [200, 200, 200]);
 }
 
 #[test]

@@ -78,7 +78,7 @@ fn status_view(pins: &Pins, maps: &MapFds) -> Result<StatusView> {
     let drops = inspect::read_drops(maps)?;
     Ok(StatusView {
         layout: pins.current()?.map_or(pins.version(), |layout| layout.version),
-        agent: matches!(pins.lock(), Err(pins::Error::Locked(_))),
+        agent: pins.is_locked()?,
         socket_hooks: pins::list(&pins.cgroup_links())?.len(),
         devices: inspect::attached(pins)?.into_iter().map(device_name).collect(),
         xdp_devices: inspect::attached_xdp(pins)?.into_iter().map(device_name).collect(),
@@ -212,19 +212,23 @@ pub(super) fn services(args: &ShowArgs) -> Result<()> {
     let (_, maps) = open(args)?;
     let tables = restore::read_tables(&maps)?;
     let traffic = inspect::read_traffic(&maps, tables.names.keys().copied())?;
-    let rows: Vec<_> = tables.names.keys().map(|id| service_view(*id, &tables, traffic[id])).collect();
+    let mut frontends: BTreeMap<ServiceId, Vec<FrontendView>> = BTreeMap::new();
+    for (at, value) in &tables.frontends {
+        frontends.entry(ServiceId(value.service)).or_default().push(frontend_view(at.to_string(), value));
+    }
+    let mut view = |id: &ServiceId| service_view(*id, &tables, frontends.remove(id).unwrap_or_default(), traffic[id]);
+    let rows: Vec<_> = tables.names.keys().map(&mut view).collect();
     print_rows(&rows, args.output)
 }
 
-fn service_view(id: ServiceId, tables: &Tables, traffic: Traffic) -> ServiceView {
+fn service_view(id: ServiceId, tables: &Tables, frontends: Vec<FrontendView>, traffic: Traffic) -> ServiceView {
     let record = tables.services.get(&id);
     // A record that was never written reads as what it means: nobody is there.
     let set = |packed: Option<u64>| set_view(packed.unwrap_or(Range::REJECT.pack()), tables);
-    let frontends = tables.frontends.iter().filter(|(_, value)| value.service == id.0);
     ServiceView {
         id: id.0,
         name: tables.names.get(&id).cloned().unwrap_or_default(),
-        frontends: frontends.map(|(at, value)| frontend_view(at.to_string(), value)).collect(),
+        frontends,
         cluster: set(record.map(|record| record.cluster)),
         local: set(record.map(|record| record.local)),
         affinity_seconds: record.map_or(0, |record| record.affinity),

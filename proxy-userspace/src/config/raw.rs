@@ -64,8 +64,8 @@ pub struct AgentFlags {
 
     /// Which addresses of this node answer NodePorts: primary, all, or prefixes
     ///
-    /// `primary` is the node's main address of each family, `all` every one (127.0.0.0/8 included, for this node's own
-    /// processes).
+    /// `primary` is the node's main address of each family, `all` every one. On loopback they answer this node's own
+    /// processes in any case.
     #[arg(
         long,
         value_name = "primary|all|CIDR",
@@ -125,7 +125,7 @@ pub struct AgentFlags {
     #[arg(long, value_name = "N", default_value_t = 16_384, help_heading = "Datapath")]
     pub max_services: u32,
 
-    /// Backends that fit: endpoints, once for each service port
+    /// Backends that fit: an address, port and protocol counts once, however many services use it
     #[arg(long, value_name = "N", default_value_t = 131_072, help_heading = "Datapath")]
     pub max_backends: u32,
 

@@ -23,6 +23,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use proxy_common::abi::ABI_VERSION;
 
@@ -103,6 +104,10 @@ const REMOVED: &str = "gone";
 /// Directory of the notes.
 const NOTES: &str = "notes";
 
+/// Noted when everything that the sources listed was programmed: the tables are worth sending clients to, whatever becomes
+/// of the sources.
+pub const LOADED_NOTE: &str = "loaded";
+
 /// Noted when we mounted the file system ourselves, so that `shunt cleanup` unmounts that one and no other.
 const MOUNT_NOTE: &str = "mounted-by-shunt";
 
@@ -164,12 +169,30 @@ impl Pins {
     }
 
     /// Takes the right to change what is pinned here, or says who has it. The directory must exist.
+    ///
+    /// Tries for a moment: somebody may just be asking [`Self::is_locked`].
     pub fn lock(&self) -> Result<Lock, Error> {
+        const TRIES: u32 = 5;
+        const PAUSE: Duration = Duration::from_millis(50);
         let directory = File::open(&self.base).map_err(at("open", &self.base))?;
-        match directory.try_lock() {
-            Ok(()) => Ok(Lock { _directory: directory }),
-            Err(TryLockError::WouldBlock) => Err(Error::Locked(self.base.clone())),
-            Err(TryLockError::Error(source)) => Err(at("lock", &self.base)(source)),
+        for attempt in 1..=TRIES {
+            match directory.try_lock() {
+                Ok(()) => return Ok(Lock { _directory: directory }),
+                Err(TryLockError::WouldBlock) if attempt < TRIES => std::thread::sleep(PAUSE),
+                Err(TryLockError::WouldBlock) => break,
+                Err(TryLockError::Error(source)) => return Err(at("lock", &self.base)(source)),
+            }
+        }
+        Err(Error::Locked(self.base.clone()))
+    }
+
+    /// True if an agent has that right.
+    pub fn is_locked(&self) -> Result<bool, Error> {
+        let directory = File::open(&self.base).map_err(at("open", &self.base))?;
+        match directory.try_lock_shared() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(source)) => Err(at("examine the lock of", &self.base)(source)),
         }
     }
 
@@ -207,6 +230,7 @@ impl Pins {
         }
         let is_our_mount = self.marks()?.iter().any(|note| note == MOUNT_NOTE) && is_mount_point(&self.base);
         self.unmark(MOUNT_NOTE)?;
+        self.unmark(LOADED_NOTE)?;
         remove_directory(&self.base.join(NOTES))?;
         if is_our_mount {
             return sys::unmount(&self.base).map_err(at("unmount", &self.base));

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 pub struct Progress {
     /// Since when it has been at one piece of work; none: it waits for work.
     pub busy_since: Option<Instant>,
-    /// When the newest snapshot was last applied, by the wall clock.
+    /// When the newest snapshot was last applied, by the wall clock; none before all sources have listed.
     pub applied: Option<SystemTime>,
 }
 
@@ -59,7 +59,7 @@ impl Reporter {
         self.progress.send_modify(|progress| progress.busy_since = None);
     }
 
-    /// The newest snapshot is programmed; it took `elapsed` if it changed anything.
+    /// The newest snapshot of all sources is programmed; it took `elapsed` if it changed anything.
     pub fn applied(&self, elapsed: Option<Duration>) {
         let now = SystemTime::now();
         self.progress.send_modify(|progress| progress.applied = Some(now));

@@ -312,7 +312,9 @@ impl<M: Maps> Task<M> {
             sys::trim_heap();
         }
         self.pending = snapshot.pending.clone();
-        self.reporter.applied((done > 0).then(|| start.elapsed()));
+        if self.pending.is_empty() {
+            self.reporter.applied((done > 0).then(|| start.elapsed()));
+        }
         debug!(operations = done, elapsed = ?start.elapsed(), "reconciled");
     }
 

@@ -2,7 +2,7 @@
 //!
 //! | path | 200 | else 503 |
 //! |---|---|---|
-//! | `/healthz` | everything that the sources listed was programmed once, and the reconciler gets on | also before the first full load |
+//! | `/healthz` | everything that the sources listed was programmed once, by this agent or the one it took over from, and the reconciler gets on | also before the first full load |
 //! | `/livez` | the reconciler gets on | only a restart might help |
 //! | `/readyz` | as `/healthz`, and the agent does not end | what is missing, a line each |
 //!
@@ -45,6 +45,8 @@ pub struct View {
     pub pending: Vec<SourceId>,
     /// All have listed, and what they listed is programmed.
     pub is_programmed: bool,
+    /// That was so once in the tables that were taken over: they serve, whether or not the sources can be reached now.
+    pub was_programmed: bool,
     /// The programs are attached.
     pub is_attached: bool,
     /// The agent ends.
@@ -56,7 +58,7 @@ pub struct View {
 impl View {
     /// Clients of services can be sent here.
     fn is_loaded(&self) -> bool {
-        self.is_programmed && self.is_attached
+        (self.is_programmed || self.was_programmed) && self.is_attached
     }
 
     /// The reconciler gets on. The first load may take its time: a restart would only begin it anew.
@@ -162,19 +164,21 @@ pub struct Health {
     attached: watch::Receiver<bool>,
     progress: watch::Receiver<Progress>,
     drain: Drain,
+    was_programmed: bool,
     healthz: ByCode,
     livez: ByCode,
 }
 
 impl Health {
-    /// Watches what the reconciler and the attachments tell, and whether the agent ends.
+    /// Watches what the reconciler and the attachments tell, and whether the agent ends. `was_programmed`: as in [`View`].
     pub fn new(
         status: watch::Receiver<Arc<Status>>,
         attached: watch::Receiver<bool>,
         progress: watch::Receiver<Progress>,
         drain: Drain,
+        was_programmed: bool,
     ) -> Self {
-        Self { status, attached, progress, drain, healthz: ByCode::default(), livez: ByCode::default() }
+        Self { status, attached, progress, drain, was_programmed, healthz: ByCode::default(), livez: ByCode::default() }
     }
 
     /// Answers by code, under kube-proxy's names.
@@ -189,6 +193,7 @@ impl Health {
         View {
             pending: status.pending.clone(),
             is_programmed: status.is_ready,
+            was_programmed: self.was_programmed,
             is_attached: *self.attached.borrow(),
             is_draining: self.drain.has_begun(),
             progress: self.progress.borrow().clone(),
@@ -237,6 +242,14 @@ mod tests {
         assert_eq!(codes(&one_of_two, now), [503, 200, 503]);
         assert_eq!(codes(&View { is_attached: false, ..loaded() }, now), [503, 200, 503]);
         assert_eq!(codes(&loaded(), now), [200, 200, 200]);
+    }
+
+    #[test]
+    fn tables_that_were_loaded_once_are_healthy_while_the_sources_are_waited_for() {
+        let view = View { pending: vec![SourceId::Kubernetes], was_programmed: true, ..View::default() };
+        let now = Instant::now();
+        assert_eq!(codes(&view, now), [503, 200, 503], "nothing is attached yet");
+        assert_eq!(codes(&View { is_attached: true, ..view }, now), [200, 200, 503]);
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub enum NodePortAddresses {
     /// The primary address of each family.
     #[default]
     Primary,
-    /// Every address, 127.0.0.0/8 of IPv4 included; never `::1`.
+    /// Every address. (Loopback answers the node's own processes, whatever is chosen.)
     All,
     /// Addresses inside one of these. A family without a prefix here is not restricted.
     Within(Box<[IpNet]>),

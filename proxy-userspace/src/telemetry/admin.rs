@@ -5,6 +5,7 @@
 //! May touch: its socket.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::io::{self, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -16,32 +17,27 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
-use tracing::debug;
+use tokio::time::sleep;
+use tracing::{debug, warn};
 
 use crate::datapath::attach::XdpRefusal;
 use crate::datapath::reconcile::Status;
 use crate::planner::Subject;
 
-/// Why there is no admin socket.
+/// Why the agent cannot be asked.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// It cannot be made.
-    #[error("cannot listen on {}", .path.display())]
-    Listen {
-        /// Where.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// It cannot be asked.
-    #[error("cannot ask the agent on {}", .path.display())]
-    Ask {
-        /// Where.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
+#[error("cannot ask the agent on {}", .path.display())]
+pub struct Error {
+    /// Where.
+    path: PathBuf,
+    /// The kernel's answer.
+    source: io::Error,
 }
+
+/// Between two attempts to make the socket, as for the other listeners.
+const LISTEN_RETRY: Duration = Duration::from_secs(5);
+/// Between two attempts to accept a connection: what is short then (descriptors, memory) comes back.
+const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
 /// Status as text, for people and programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,16 +97,23 @@ fn subject_text(subject: &Subject) -> String {
     }
 }
 
-/// Listens for ever. A socket that an earlier agent left is replaced: the lock on the pins says that it is dead.
+/// Listens for ever; what fails is told and tried again, since the agent's work does not depend on being asked. A socket
+/// that an earlier agent left is replaced: the lock on the pins says that it is dead.
 pub async fn serve(
     path: PathBuf,
     status: watch::Receiver<Arc<Status>>,
     xdp_refused: watch::Receiver<XdpRefusals>,
-) -> Result<(), Error> {
-    let listener = listen(&path).map_err(|source| Error::Listen { path: path.clone(), source })?;
+) -> Infallible {
+    let listener = listen_at_last(&path).await;
     loop {
-        let (mut connection, _) =
-            listener.accept().await.map_err(|source| Error::Listen { path: path.clone(), source })?;
+        let mut connection = match listener.accept().await {
+            Ok((connection, _)) => connection,
+            Err(error) => {
+                warn!(%error, "cannot accept a connection to the admin socket");
+                sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
         let report = Report::new(&status.borrow(), &xdp_refused.borrow());
         let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
@@ -118,6 +121,16 @@ pub async fn serve(
         if !matches!(sent, Ok(Ok(()))) {
             debug!("a client of the admin socket did not read");
         }
+    }
+}
+
+async fn listen_at_last(path: &Path) -> UnixListener {
+    loop {
+        match listen(path) {
+            Ok(listener) => return listener,
+            Err(error) => warn!(path = %path.display(), %error, "cannot make the admin socket, trying again in 5 s"),
+        }
+        sleep(LISTEN_RETRY).await;
     }
 }
 
@@ -136,7 +149,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 
 /// Asks a running agent.
 pub fn ask(path: &Path) -> Result<Report, Error> {
-    let failed = |source| Error::Ask { path: path.to_owned(), source };
+    let failed = |source| Error { path: path.to_owned(), source };
     let mut connection = UnixStream::connect(path).map_err(failed)?;
     connection.set_read_timeout(Some(Duration::from_secs(5))).map_err(failed)?;
     let mut text = Vec::new();
@@ -149,6 +162,23 @@ mod tests {
     use super::*;
     use crate::datapath::reconcile::Failure;
     use crate::model::SourceId;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_socket_that_cannot_be_made_is_made_when_it_can() {
+        let directory = tempfile::tempdir().unwrap();
+        let in_the_way = directory.path().join("run");
+        std::fs::write(&in_the_way, "").unwrap();
+        let path = in_the_way.join("agent.sock");
+        let (_sender, status) = watch::channel(Arc::new(Status::default()));
+        let (_refusals, refused) = watch::channel(XdpRefusals::default());
+        let server = tokio::spawn(serve(path.clone(), status, refused));
+        sleep(3 * LISTEN_RETRY).await;
+        assert!(!server.is_finished());
+        std::fs::remove_file(&in_the_way).unwrap();
+        sleep(2 * LISTEN_RETRY).await;
+        assert!(path.exists());
+        server.abort();
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn whoever_asks_gets_the_status_of_now() {

@@ -179,6 +179,7 @@ impl<'a> Follower<'a> {
         info!(kind = %self.query.kind(), %error, "going on without");
         self.tell(|intake, kind| Some(intake.begin(kind))).await?;
         self.tell(|intake, kind| Some(intake.end(kind))).await?;
+        self.note_success().await?;
         sleep(ABSENT_PAUSE).await;
         Ok(Step::List)
     }
