@@ -80,7 +80,8 @@ fn id_of(maps: &MapFds, name: &str) -> u32 {
 /// Entries of connection `number`, its source rewritten, last seen now.
 fn connection(number: u32) -> [(FlowKey, FlowValue); 3] {
     let addr = |word: u32| Addr::from(Ipv4Addr::from(word));
-    let (client, vip, backend, node) = (addr(0x0a00_0000 + number), addr(0x0a60_0001), addr(0x0af4_0201), addr(0xc000_0201));
+    let (client, vip, backend, node) =
+        (addr(0x0a00_0000 + number), addr(0x0a60_0001), addr(0x0af4_0201), addr(0xc000_0201));
     let port = |port| Port(port).be();
     let nat_port = port(10_000 + (number % 20_000) as u16);
     let to = |src, sport, dst, dport| Tuple { src, dst, sport, dport, proto: Proto::TCP };

@@ -47,7 +47,8 @@ impl Scene {
         rig.cluster.route_vips(rig.node(0));
         let pods = [&rig.node(0).pods[0], &rig.node(1).pods[0]];
         let affinity = json!({"clientIP": {"timeoutSeconds": 600}});
-        let steady = STEADY.service().spec("sessionAffinity", json!("ClientIP")).spec("sessionAffinityConfig", affinity);
+        let steady =
+            STEADY.service().spec("sessionAffinity", json!("ClientIP")).spec("sessionAffinityConfig", affinity);
         rig.apply(&[&NEAR.to(pods[0]), &FAR.to(pods[1]), &steady.endpoints(pods)]);
         let mut scene = Self { rig, loads: Vec::new(), steady: Vec::new() };
         scene.start_loads();

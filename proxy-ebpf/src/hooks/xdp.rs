@@ -59,21 +59,23 @@ pub fn uplink(ctx: XdpContext) -> u32 {
     let frame = Frame(ctx.ctx);
     let Some(parsed) = wire::parse_ethernet::<_, false>(&frame) else { return XDP_PASS };
     let env = Env { ctx: frame };
-    let verdict = packet::ingress_known(&env, &parsed);
-    if verdict == Some(Verdict::Pass) {
-        return XDP_PASS;
-    }
-    let Some(device) = receiver(&frame) else { return XDP_PASS };
-    match verdict {
-        Some(Verdict::Refuse(reason, refusal)) => refuse(frame, &parsed, reason, refusal),
-        _ if parsed.tuple.proto != Proto::TCP => XDP_PASS,
-        Some(Verdict::Rewrite(change)) if packet::is_final(&env, &parsed, &change) => {
+    let is_tcp = parsed.tuple.proto == Proto::TCP;
+    // Each arm asks who the frame is for, rather than all at once: what an arm has no value for would be kept across the
+    // look-up all the same, and the verifier refuses that ("R2 !read_ok", Linux 6.18, LLVM 22).
+    match packet::ingress_known(&env, &parsed) {
+        Some(Verdict::Pass) => XDP_PASS,
+        Some(Verdict::Refuse(reason, refusal)) if receiver(&frame).is_some() => refuse(frame, &parsed, reason, refusal),
+        Some(Verdict::Rewrite(change))
+            if is_tcp && packet::is_final(&env, &parsed, &change) && receiver(&frame).is_some() =>
+        {
             translate(frame, &parsed, &change)
         }
-        None if device.has(DeviceRecord::SENDS) => match packet::refusal(&env, &parsed) {
-            Some((reason, refusal)) => refuse(frame, &parsed, reason, refusal),
-            None => XDP_PASS,
-        },
+        None if is_tcp && receiver(&frame).is_some_and(|device| device.has(DeviceRecord::SENDS)) => {
+            match packet::refusal(&env, &parsed) {
+                Some((reason, refusal)) => refuse(frame, &parsed, reason, refusal),
+                None => XDP_PASS,
+            }
+        }
         _ => XDP_PASS,
     }
 }

@@ -25,7 +25,10 @@ fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
     maps.get("services").with_context(|| match others.last() {
         Some(other) => format!("tables of layout version {} cannot be read by this program", other.version),
         None => {
-            format!("nothing is pinned below {}; does an agent run here, or with another --bpffs?", pins.base().display())
+            format!(
+                "nothing is pinned below {}; does an agent run here, or with another --bpffs?",
+                pins.base().display()
+            )
         }
     })?;
     Ok((pins, maps))

@@ -63,7 +63,10 @@ pub struct Handover {
 
 impl std::fmt::Debug for Handover {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Handover").field("from", &self.from).field("is_committed", &self.is_committed).finish_non_exhaustive()
+        f.debug_struct("Handover")
+            .field("from", &self.from)
+            .field("is_committed", &self.is_committed)
+            .finish_non_exhaustive()
     }
 }
 
@@ -81,7 +84,13 @@ impl Handover {
     }
 
     /// Copies the maps of these names for the first time.
-    pub(super) fn begin(mut self, old: &MapFds, from: Layout, new: &MapFds, names: &[&str]) -> Result<Self, carry::Error> {
+    pub(super) fn begin(
+        mut self,
+        old: &MapFds,
+        from: Layout,
+        new: &MapFds,
+        names: &[&str],
+    ) -> Result<Self, carry::Error> {
         let start = Instant::now();
         let mut carry = Carry::open(old, from.version, new, names)?;
         carry.copy()?;

@@ -202,10 +202,16 @@ mod tests {
     fn within_a_version_only_other_capacities_are_copied_and_the_configuration() {
         let grown = MapInfo { max_entries: 32, ..HASH };
         let pinned = maps(&[("config", HASH), ("flows", HASH), ("affinity", HASH), ("sockets", STORAGE)]);
-        let wanted = maps(&[("config", HASH), ("flows", grown), ("affinity", HASH), ("sockets", STORAGE), ("new", HASH)]);
+        let wanted =
+            maps(&[("config", HASH), ("flows", grown), ("affinity", HASH), ("sockets", STORAGE), ("new", HASH)]);
         let steps = steps(&pinned, &wanted).unwrap();
-        let expected =
-            [("affinity", Step::Share), ("config", Step::Copy), ("flows", Step::Copy), ("new", Step::Make), ("sockets", Step::Share)];
+        let expected = [
+            ("affinity", Step::Share),
+            ("config", Step::Copy),
+            ("flows", Step::Copy),
+            ("new", Step::Make),
+            ("sockets", Step::Share),
+        ];
         let steps: Vec<_> = steps.iter().map(|(name, step)| (name.as_str(), *step)).collect();
         assert_eq!(steps, expected);
     }
@@ -232,7 +238,15 @@ mod tests {
     fn what_does_not_fit_is_named_with_its_flag() {
         let sizes = Sizes { services: 8, backends: 16, flows: 10 };
         assert_eq!(check(&Usage { last_service: 7, last_backend: 15, slots: 64, ..Usage::default() }, &sizes), []);
-        let usage = Usage { services: 12, last_service: 12, last_backend: 16, backends: 3, slots: 65, flows: 31, ..Usage::default() };
+        let usage = Usage {
+            services: 12,
+            last_service: 12,
+            last_backend: 16,
+            backends: 3,
+            slots: 65,
+            flows: 31,
+            ..Usage::default()
+        };
         let text: Vec<_> = check(&usage, &sizes).iter().map(ToString::to_string).collect();
         let expected = [
             "12 service ports are in use, --max-services is 8",
