@@ -71,8 +71,7 @@ fn challenge(lab: &Lab, syn: &Packet) -> Packet {
 fn a_remote_backend_that_knows_the_ends_from_elsewhere_is_asked_again_by_another_port() {
     let mut lab = Lab::new();
     for family in Family::ALL {
-        let (client, frontend) =
-            (world::outside(1).port(family, 40_000), Name::Remote.vip().port(family, world::PORT));
+        let (client, frontend) = (world::outside(1).port(family, 40_000), Name::Remote.vip().port(family, world::PORT));
         let seen = lab.open(Proto::Tcp, client, frontend);
         let challenge = challenge(&lab, &seen);
         assert_eq!(lab.through(&challenge).map(|packet| packet.dst()), Some(client), "the client sends again at once");

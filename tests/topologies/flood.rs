@@ -81,8 +81,8 @@ fn flood(target: SocketAddr, from: u32, to: u32) {
 
 /// Floods the NodePort of a service whose backend is on node number `backend`, with connections of all kinds beside.
 ///
-/// Towards a backend of another node there are fewer source ports than forged connections: while the flood lasts, a handshake
-/// may lose its port to a forged one, and these clients never try twice. Nearly all get through, and all do afterwards.
+/// Towards a backend of another node there are fewer source ports than forged connections: new ones take the port of the
+/// oldest beginning, and a client whose port the backend remembers sends its SYN again by another. These clients dial once.
 #[track_caller]
 fn nobody_suffers(plan: Plan, backend: usize, syns: u32) {
     let rig = Rig::build(plan);
@@ -110,19 +110,7 @@ fn nobody_suffers(plan: Plan, backend: usize, syns: u32) {
         assert_eq!(load.stats().open, 20);
     }
     new.iter_mut().for_each(|load| drop(load.wait_answers(20)));
-    live.into_iter().for_each(|load| drop(load.finish_clean()));
-    if backend == 0 {
-        return new.into_iter().for_each(|load| drop(load.finish_clean()));
-    }
-    for load in new {
-        let stats = load.finish();
-        assert!(stats.answered >= 4 * stats.failures(), "the flood kept too many out: {stats:?}");
-    }
-    for (place, to) in dialled {
-        let mut after = place.tcp_loop(short(to));
-        after.wait_answers(20);
-        after.finish_clean();
-    }
+    live.into_iter().chain(new).for_each(|load| drop(load.finish_clean()));
 }
 
 #[test]
@@ -130,8 +118,8 @@ fn a_million_forged_syns_lose_no_connection_and_hinder_no_new_one() {
     nobody_suffers(Plan::default(), 0, 1_000_000);
 }
 
-/// Ten times as many as there are ports for rewritten sources.
+/// Fifty times as many as there are ports for rewritten sources.
 #[test]
 fn forged_syns_to_a_backend_of_another_node_do_not_use_up_the_source_ports() {
-    nobody_suffers(Plan { nodes: 2, ..Plan::default() }, 1, 200_000);
+    nobody_suffers(Plan { nodes: 2, ..Plan::default() }, 1, 1_000_000);
 }

@@ -22,7 +22,8 @@ const SOCK_STREAM: u32 = 1;
 const SOCK_DGRAM: u32 = 2;
 const IPPROTO_TCP: u32 = Proto::TCP.0 as u32;
 const IPPROTO_UDP: u32 = Proto::UDP.0 as u32;
-/// Multipath TCP (linux/in.h): what the application has asked for. The packets are of TCP.
+/// Multipath TCP (linux/in.h): its packets are of TCP. Where the kernel asks for the connection; Linux 6.18 asks for its first
+/// path, a TCP socket, whose storage `getpeername` on the connection does not find: that shows the backend.
 const IPPROTO_MPTCP: u32 = 262;
 /// State of a connected socket, UDP included (include/net/tcp_states.h).
 const TCP_ESTABLISHED: u32 = 1;

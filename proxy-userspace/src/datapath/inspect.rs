@@ -269,8 +269,8 @@ mod tests {
         let key = FlowKey { kind: FlowKey::PLAIN, a: addr(1), b: addr(2), proto: 6, ..FlowKey::ZERO };
         let other = FlowKey { a_port: be(1), ..key };
         let front = FlowKey { kind: FlowKey::FRONT, ..key };
-        let [established, pending] =
-            [Hot::ESTABLISHED, 0].map(|state| FlowValue { hot: Hot { seen: Seconds(7), state }.pack(), ..FlowValue::ZERO });
+        let [established, pending] = [Hot::ESTABLISHED, 0]
+            .map(|state| FlowValue { hot: Hot { seen: Seconds(7), state }.pack(), ..FlowValue::ZERO });
         let mut plain = BTreeMap::new();
         for (key, value) in [(key, established), (front, established), (key, pending), (other, pending)] {
             add_plain(&mut plain, &key, &value);
