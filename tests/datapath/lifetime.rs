@@ -47,6 +47,41 @@ fn services_work_without_an_agent_and_keep_their_ids_under_the_next() {
     assert_eq!(node.place.tcp(VIP).unwrap().server, "node");
 }
 
+#[test]
+fn a_manifest_that_is_broken_while_the_agent_restarts_costs_its_service_nothing() {
+    let mut node = Lone::new();
+    let _server = node.place.serve(Ports { tcp: &[8080], udp: &[] });
+    node.manifests.write_text("z", &service("z", "10.96.0.26", &["10.244.1.1"], 8080));
+    node.manifests.write_text("web", &service("web", "10.96.0.10", &["10.244.1.1"], 8080));
+    node.start([]);
+    let known = |node: &Lone| names_and_ids(node).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    wait::until("both services", || known(&node).len() == 2);
+    let before = names_and_ids(&node);
+
+    node.manifests.write_text("web", "kind: [");
+    node.crash();
+    // Another file goes and a new one comes: both count.
+    node.manifests.delete("z");
+    node.manifests.write_text("y", &service("y", "10.96.0.25", &["10.244.1.1"], 8080));
+    node.start([]);
+    node.log("web.yaml");
+    assert_eq!(node.place.tcp(VIP).unwrap().server, "node");
+    assert_eq!(node.place.tcp(SocketAddr::new(Ipv4Addr::new(10, 96, 0, 25).into(), 80)).unwrap().server, "node");
+    // Nobody knows whether the broken file holds `z` now.
+    assert_eq!(known(&node).len(), 3);
+
+    node.manifests.write_text("web", &service("web", "10.96.0.11", &["10.244.1.1"], 8080));
+    wait::until("the mended file to count", || node.place.tcp(SocketAddr::new(Ipv4Addr::new(10, 96, 0, 11).into(), 80)).is_ok());
+    wait::until("the deleted one to go", || known(&node).len() == 2);
+    assert!(names_and_ids(&node).contains(before.iter().find(|(name, _)| name.contains("/web:")).expect("it was there")));
+    node.manifests.write_text("web", "kind: [");
+    node.crash();
+    node.manifests.delete("web");
+    node.start([]);
+    wait::until("the service to go with its file", || known(&node).len() == 1);
+    node.stop();
+}
+
 /// Each start loads the programs anew and puts them behind the links that are there: one connection after the other, and
 /// UDP from sockets that stay, must not notice.
 #[test]

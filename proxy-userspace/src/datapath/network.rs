@@ -1,7 +1,7 @@
-//! Devices and addresses of the node's network namespace, followed live over netlink.
+//! Devices and addresses of the node's network namespace, and that its default routes change, followed live over netlink.
 //!
 //! Changes are applied as they are announced; when the kernel had to drop announcements (ENOBUFS), everything is listed
-//! anew. Consumers see whole states, the newest replaces the older. May touch: a netlink socket, for reading.
+//! anew. Routes have a socket of their own: there may be very many of them, and lost announcements cost nothing there. Consumers see whole states, the newest replaces the older. May touch: a netlink socket, for reading.
 
 use std::net::IpAddr;
 
@@ -54,6 +54,8 @@ pub struct Network {
     pub bindings: OrdSet<Binding>,
     /// Raised by each complete listing: what was known before may be about other devices with the same indices.
     pub listing: u64,
+    /// Raised whenever a default route may have changed.
+    pub routing: u64,
 }
 
 impl Network {
@@ -95,6 +97,17 @@ impl Network {
             self.devices.remove(&index);
             self.bindings = self.bindings.iter().filter(|binding| binding.device != index).copied().collect();
         }
+    }
+}
+
+/// True if a message may be about a default route, or one of the halves that VPNs put over it.
+fn is_about_default_route(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+    match &message.payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route)) => {
+            route.header.destination_prefix_length <= 1
+        }
+        NetlinkPayload::Overrun(_) => true,
+        _ => false,
     }
 }
 
@@ -155,8 +168,9 @@ fn parse_binding(message: &AddressMessage) -> Option<Binding> {
 pub struct Watcher {
     handle: Handle,
     messages: Messages,
+    routes: Messages,
     state: watch::Sender<Network>,
-    connection: tokio::task::JoinHandle<()>,
+    connections: [tokio::task::JoinHandle<()>; 2],
 }
 
 type Messages =
@@ -168,29 +182,49 @@ impl Watcher {
         let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
         // Subscribed before the listing: nothing falls in between.
         let (connection, handle, messages) = rtnetlink::new_multicast_connection(&groups).map_err(Error::Socket)?;
-        let connection = tokio::spawn(connection);
+        let groups = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
+        let (of_routes, _, routes) = rtnetlink::new_multicast_connection(&groups).map_err(Error::Socket)?;
+        let connections = [tokio::spawn(connection), tokio::spawn(of_routes)];
         let (state, receiver) = watch::channel(Network::default());
-        let mut watcher = Self { handle, messages, state, connection };
+        let mut watcher = Self { handle, messages, routes, state, connections };
         watcher.list().await?;
         Ok((watcher, receiver))
     }
 
-    /// Applies announcements for ever. What waits in the queue is applied together, so that consumers see one change.
+    /// Applies announcements for ever.
     pub async fn run(mut self) -> Result<(), Error> {
-        while let Some((first, _)) = self.messages.next().await {
-            let mut next = self.state.borrow().clone();
-            let mut is_complete = next.apply(first);
-            while let Ok((message, _)) = self.messages.try_recv() {
-                is_complete &= next.apply(message);
-            }
-            if is_complete {
-                self.publish(next);
-            } else {
-                warn!("netlink announcements were lost, listing all devices and addresses");
-                self.list().await?;
+        loop {
+            tokio::select! {
+                first = self.messages.next() => self.take_changes(first.ok_or(Error::Closed)?.0).await?,
+                first = self.routes.next() => self.take_routes(&first.ok_or(Error::Closed)?.0),
             }
         }
-        Err(Error::Closed)
+    }
+
+    /// Applies what waits in the queue together, so that consumers see one change.
+    async fn take_changes(&mut self, first: NetlinkMessage<RouteNetlinkMessage>) -> Result<(), Error> {
+        let mut next = self.state.borrow().clone();
+        let mut is_complete = next.apply(first);
+        while let Ok((message, _)) = self.messages.try_recv() {
+            is_complete &= next.apply(message);
+        }
+        if is_complete {
+            self.publish(next);
+            return Ok(());
+        }
+        warn!("netlink announcements were lost, listing all devices and addresses");
+        self.list().await
+    }
+
+    /// Tells once that a default route may have changed, if any message in the queue says so.
+    fn take_routes(&mut self, first: &NetlinkMessage<RouteNetlinkMessage>) {
+        let mut is_news = is_about_default_route(first);
+        while let Ok((message, _)) = self.routes.try_recv() {
+            is_news |= is_about_default_route(&message);
+        }
+        if is_news {
+            self.state.send_modify(|network| network.routing += 1);
+        }
     }
 
     fn publish(&self, next: Network) {
@@ -202,7 +236,11 @@ impl Watcher {
     }
 
     async fn list(&mut self) -> Result<(), Error> {
-        let mut next = Network { listing: self.state.borrow().listing + 1, ..Network::default() };
+        let (listing, routing) = {
+            let known = self.state.borrow();
+            (known.listing + 1, known.routing)
+        };
+        let mut next = Network { listing, routing, ..Network::default() };
         let links: Vec<_> =
             self.handle.link().get().execute().try_collect().await.map_err(|error| Error::List("devices", error))?;
         links.iter().for_each(|link| next.put_device(link));
@@ -223,6 +261,6 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.connection.abort();
+        self.connections.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }

@@ -49,13 +49,14 @@ const FORWARDING: [&str; 2] = ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/i
 /// A range of ports.
 pub type PortRange = RangeInclusive<u16>;
 
-/// The parts of a node's facts that the configuration fixes, completed by what the network says now.
+/// The parts of a node's facts that the configuration fixes, completed by what the network says now. Without IPv6 link-local
+/// addresses: every device has one, pods' too, and nothing is served on them.
 pub fn facts(fixed: &NodeFacts, network: &Network) -> NodeFacts {
     let name_of = |index: &u32| network.devices.get(index).map_or("", |device| device.name.as_str());
-    let addresses = network
-        .bindings
-        .iter()
-        .map(|binding| LocalAddress { addr: Addr::from(binding.addr), device: Name::from(name_of(&binding.device)) });
+    let addresses =
+        network.bindings.iter().filter(|binding| !Addr::from(binding.addr).is_v6_link_local()).map(|binding| {
+            LocalAddress { addr: Addr::from(binding.addr), device: Name::from(name_of(&binding.device)) }
+        });
     NodeFacts { addresses: addresses.collect(), routed: routed_addresses(network), ..fixed.clone() }
 }
 
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_list_every_address_with_its_device_and_pick_a_global_one() {
+    fn facts_list_addresses_with_their_devices_and_pick_a_global_one() {
         let bindings =
             [(1, "127.0.0.1", false), (1, "203.0.113.200", true), (2, "203.0.113.7", true), (2, "fe80::1", false)];
         let network = Network {
@@ -225,11 +226,12 @@ mod tests {
                 .map(|&(device, addr, is_global)| Binding { device, addr: addr.parse().unwrap(), is_global })
                 .collect(),
             listing: 1,
+            routing: 0,
         };
         let facts = facts(&NodeFacts::named(Name::from("n")), &network);
         let seen: Vec<_> = facts.addresses.iter().map(|a| (a.addr.to_string(), a.device.to_string())).collect();
         assert!(seen.contains(&("127.0.0.1".into(), "lo".into())));
-        assert_eq!(seen.len(), 4);
+        assert_eq!(seen.len(), 3, "link-local addresses are left out");
         assert_eq!(facts.routed.v4, Some(Addr::from("203.0.113.7".parse::<IpAddr>().unwrap())));
         assert_eq!(facts.routed.v6, None);
     }

@@ -55,7 +55,7 @@ pub struct NodeFacts {
     pub name: Name,
     /// `--cluster-cidr`: where pods have their addresses.
     pub cluster_cidrs: Box<[IpNet]>,
-    /// Addresses bound to its devices, loopback included; any order.
+    /// Addresses bound to its devices, loopback included, IPv6 link-local left out; any order.
     pub addresses: Box<[LocalAddress]>,
     /// Primary addresses that configuration prescribes; they beat those of the Node object.
     pub prescribed: PrimaryAddresses,

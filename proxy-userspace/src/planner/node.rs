@@ -54,9 +54,16 @@ impl NodeView {
         }
     }
 
-    /// True if endpoint selection or the choice of local backends may differ between the two.
+    /// True if every plan may differ between the two.
     pub fn plans_differ(&self, other: &Self) -> bool {
-        (&self.name, &self.zone) != (&other.name, &other.zone) || !self.addresses.keys().eq(other.addresses.keys())
+        (&self.name, &self.zone) != (&other.name, &other.zone)
+    }
+
+    /// Addresses that only one of the two has: plans differ by endpoints without a node name that have one of them.
+    pub fn other_addresses<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = Addr> + 'a {
+        let only =
+            |a: &'a Self, b: &'a Self| a.addresses.keys().filter(|addr| !b.addresses.contains_key(addr)).copied();
+        only(self, other).chain(only(other, self))
     }
 }
 

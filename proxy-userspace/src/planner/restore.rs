@@ -47,6 +47,7 @@ impl State {
             backends,
             claims: Claims::default(),
             addresses: Addresses::default(),
+            node_addresses: BTreeSet::new(),
             port_uses: Ports::restore(snat, &tables.ports),
             cidrs: tables.cidrs.clone(),
             orphans: Orphans {
@@ -86,6 +87,9 @@ impl State {
     fn restore_addresses(&mut self, tables: &Tables) {
         for (addr, class) in &tables.addresses {
             self.addresses.at(*addr).restore(class.flags);
+            if self.addresses.at(*addr).node() != 0 {
+                self.node_addresses.insert(*addr);
+            }
         }
     }
 

@@ -21,7 +21,7 @@ use super::problem::Problem;
 use super::service::{Layout, PlannedBackend, PlannedFrontend, PortPlan, ServicePlan, plan_service};
 use super::usage::{Addresses, Ports};
 use super::work::{Touched, Work};
-use crate::model::{Endpoints, ServiceKey, Snapshot, SourceId};
+use crate::model::{Endpoint, Endpoints, ServiceKey, Snapshot, SourceId};
 
 /// What is programmed, and for whom. A value: each step takes it and gives the next one back.
 #[derive(Debug)]
@@ -37,6 +37,8 @@ pub struct State {
     pub(super) backends: Backends,
     pub(super) claims: Claims,
     pub(super) addresses: Addresses,
+    /// Those among them that are this node's.
+    pub(super) node_addresses: BTreeSet<Addr>,
     pub(super) port_uses: Ports,
     /// Prefixes in the configuration.
     pub(super) cidrs: Cidrs,
@@ -160,15 +162,19 @@ impl State {
         })
     }
 
-    /// Services that have to be planned: those that differ, and all if this node differs in what plans depend on.
-    fn changed_services(
+    /// Services that have to be planned: those that differ, those with an endpoint that is local or not by an address that
+    /// this node has got or lost, and all if this node differs in what all plans depend on.
+    pub(super) fn changed_services(
         &mut self,
         before: Option<&(Arc<Snapshot>, NodeView)>,
         next: &Snapshot,
         node: &NodeView,
     ) -> BTreeSet<ServiceKey> {
-        let mut changed = match before {
-            Some((old, old_node)) if !old_node.plans_differ(node) => differing(old, next),
+        let mut changed: BTreeSet<ServiceKey> = match before {
+            Some((old, old_node)) if !old_node.plans_differ(node) => {
+                let moved = old_node.other_addresses(node).filter(|addr| self.addresses.has_backends(addr)).collect();
+                differing(old, next).into_iter().chain(services_at(&moved, next)).collect()
+            }
             _ => next.services.keys().chain(self.programmed_services()).cloned().collect(),
         };
         let tells_more = |source: &SourceId| {
@@ -437,6 +443,18 @@ fn leaving(port: &Port, layout: &Layout) -> Vec<BackendId> {
 fn is_same_node(old: &Snapshot, new: &Snapshot) -> bool {
     let same_objects = old.nodes.ptr_eq(&new.nodes) && old.service_cidrs.ptr_eq(&new.service_cidrs);
     same_objects && Arc::ptr_eq(&old.facts, &new.facts) && old.is_settled() == new.is_settled()
+}
+
+/// Services with an endpoint of which only the address says whether it runs here, and it is one of these.
+fn services_at(addresses: &BTreeSet<Addr>, next: &Snapshot) -> Vec<ServiceKey> {
+    let is_there = |endpoint: &Endpoint| endpoint.node.is_none() && addresses.contains(&endpoint.addr);
+    let has_one = |endpoints: &Endpoints| {
+        let mut subsets = endpoints.groups().iter().flat_map(|group| group.subsets.iter());
+        subsets.any(|subset| subset.endpoints.iter().any(is_there))
+    };
+    // Hardly ever are there any.
+    let all = next.endpoints.iter().filter(|_| !addresses.is_empty());
+    all.filter(|(_, endpoints)| has_one(endpoints)).map(|(key, _)| key.clone()).collect()
 }
 
 /// Services of which the object or the endpoints differ.

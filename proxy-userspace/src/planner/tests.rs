@@ -535,6 +535,37 @@ fn plain_service(number: u8) -> Object {
     Object::Service { namespace: Name::from("default"), name, service: Arc::new(service) }
 }
 
+/// 10.244.0.2 becomes an address of this node.
+#[test]
+fn an_address_of_the_node_changes_only_services_with_an_endpoint_there_and_no_node_name() {
+    let mut world = World::new(LIMITS);
+    // Endpoint 10.244.0.2 without node name, with one, and another endpoint without.
+    let endpoints = [4, 4 + 18, 1];
+    for (name, genes) in (0..).zip(endpoints) {
+        world.content.apply(Update { source: SourceId::Kubernetes, events: vec![Event::Apply(plain_service(name))] });
+        world.step(&Step::Slice { source: SourceId::Kubernetes, slice: name, service: name, genes: vec![genes] });
+    }
+    let listed = |name: &str| {
+        let key = ServiceKey { source: SourceId::Kubernetes, namespace: Name::from("default"), name: Name::from(name) };
+        world.content.snapshot().endpoints[&key].groups()[0].subsets[0].endpoints[0].clone()
+    };
+    assert_eq!(["svc-0", "svc-1", "svc-2"].map(|name| listed(name).addr), [v4(244, 1), v4(244, 1), v4(244, 0)]);
+    assert_eq!(["svc-0", "svc-1", "svc-2"].map(|name| listed(name).node.is_none()), [true, false, true]);
+
+    let mut next = world.content.snapshot().clone();
+    let local = LocalAddress { addr: v4(244, 1), device: Name::from("eth0") };
+    next.facts = Arc::new(NodeFacts { addresses: Box::new([local]), ..NodeFacts::clone(&next.facts) });
+    let mut state = world.state.take().unwrap();
+    let before = state.planned.take();
+    let changed = state.changed_services(before.as_ref(), &next, &NodeView::of(&next));
+    assert_eq!(changed.iter().map(|key| key.name.to_string()).collect::<Vec<_>>(), ["svc-0"]);
+    assert!(
+        state
+            .changed_services(before.as_ref(), &before.as_ref().unwrap().0, &NodeView::of(&before.as_ref().unwrap().0))
+            .is_empty()
+    );
+}
+
 /// A restart while a part of a source cannot be read.
 #[test]
 fn what_a_source_could_not_read_stays_as_the_tables_have_it_and_all_else_goes_on() {

@@ -99,6 +99,11 @@ impl Addresses {
         self.0.entry(addr).or_default()
     }
 
+    /// True if a backend has the address.
+    pub(super) fn has_backends(&self, addr: &Addr) -> bool {
+        self.0.get(addr).is_some_and(|uses| uses.backends > 0)
+    }
+
     /// Every known address.
     pub(super) fn all(&self) -> impl Iterator<Item = (Addr, &AddressUse)> {
         self.0.iter().map(|(addr, uses)| (*addr, uses))

@@ -129,9 +129,8 @@ impl State {
             self.cidrs = cidrs.clone();
             work.node.push(Op::PutCidrs(Box::new(cidrs)));
         }
-        let known = self.addresses.all().filter(|(_, uses)| uses.node() != 0).map(|(addr, _)| addr);
-        let gone: Vec<Addr> = known.filter(|addr| !node.addresses.contains_key(addr)).collect();
-        for addr in gone {
+        let known = std::mem::replace(&mut self.node_addresses, node.addresses.keys().copied().collect());
+        for addr in known.into_iter().filter(|addr| !node.addresses.contains_key(addr)) {
             self.addresses.at(addr).set_node(0);
             work.addresses.insert(addr);
         }
