@@ -826,6 +826,19 @@ fn the_state_of_a_connection_follows_what_both_sides_send() {
 }
 
 #[test]
+fn a_segment_is_known_by_whether_it_carries_data() {
+    for (src, dst) in [("10.244.1.50", "10.96.0.10"), ("fd00:1::50", "fd96::10")] {
+        let dialled = tuple(src, 4000, dst, 80, Proto::TCP);
+        for (data, flags) in [(&b""[..], tcp::ACK), (b"x", tcp::ACK | tcp::DATA), (&[0; 1400], tcp::ACK | tcp::DATA)] {
+            let mut bytes = packet(&dialled, tcp::ACK, 1, 1, data);
+            // What a short frame is filled up with is no data.
+            bytes.extend([0; 6]);
+            assert_eq!(parse(&bytes).tcp_flags, flags, "{} bytes", data.len());
+        }
+    }
+}
+
+#[test]
 fn later_fragments_go_where_the_first_went() {
     let world = with_service(Proto::UDP);
     let dialled = tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::UDP);
