@@ -164,12 +164,28 @@ struct Connection {
 struct End {
     fin_by_client: bool,
     fin_by_backend: bool,
-    is_reset: bool,
+    /// By a packet of the client's address: perhaps not its own.
+    reset_by_client: bool,
+    reset_by_backend: bool,
 }
 
 impl End {
     fn is_over(self) -> bool {
-        self.is_reset || self.fin_by_client && self.fin_by_backend
+        self.reset_by_backend || self.fin_by_client && self.fin_by_backend
+    }
+
+    fn note(&mut self, flags: u8, is_by_client: bool) {
+        let has = |flag: u8| flags & flag != 0;
+        match (has(flag::RST), is_by_client) {
+            (true, true) => self.reset_by_client = true,
+            (true, false) => self.reset_by_backend = true,
+            (false, true) => self.reset_by_client &= has(flag::SYN),
+            // The backend, which alone can tell, opens anew.
+            (false, false) if self.reset_by_client && has(flag::SYN) => *self = Self::default(),
+            (false, false) => (self.reset_by_client, self.reset_by_backend) = (false, false),
+        }
+        self.fin_by_client |= has(flag::FIN) && is_by_client;
+        self.fin_by_backend |= has(flag::FIN) && !is_by_client;
     }
 }
 
@@ -536,10 +552,7 @@ impl Nat {
     ) -> Option<Connection> {
         let connection = self.connections.iter_mut().find(|connection| is_it(connection))?;
         if let Body::Tcp(tcp) = &packet.body {
-            let (end, is_fin) = (&mut connection.end, tcp.flags & flag::FIN != 0);
-            end.is_reset |= tcp.flags & flag::RST != 0;
-            end.fin_by_client |= is_fin && is_by_client;
-            end.fin_by_backend |= is_fin && !is_by_client;
+            connection.end.note(tcp.flags, is_by_client);
         }
         Some(*connection)
     }

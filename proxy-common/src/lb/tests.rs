@@ -7,7 +7,7 @@ use super::world::{World, addr, tuple};
 use crate::abi::address::AddressClass;
 use crate::abi::frontend::FrontendValue;
 use crate::addr::{Addr, Proto};
-use crate::lb::flow::{Hot, Seconds};
+use crate::lb::flow::{Hot, Seconds, is_expired};
 use crate::tables::{Neighbour, Tracked};
 use crate::verdict::{DropReason, Refusal};
 use crate::wire::checksum::fold;
@@ -419,7 +419,7 @@ fn a_backend_on_the_clients_bridge_is_looked_for_again_now_and_then() {
 fn a_finished_connection_leaves_a_direct_one_with_its_ends_alone() {
     let world = two_services(Proto::TCP);
     let ended = open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP));
-    send(&world, &ended, tcp::RST, 0);
+    reply(&world, &ended, tcp::RST, 0);
     let direct = dial(&world, ended.plain).expect("a backend");
     assert_eq!(direct.seen, direct.dialled, "the ends are free");
     reply(&world, &direct, tcp::SYN | tcp::ACK, 500);
@@ -693,6 +693,65 @@ fn the_state_of_a_connection_follows_what_both_sides_send() {
     assert!(!hot().is_finished());
     reply(&world, &connection, tcp::RST, 502);
     assert!(hot().is_finished());
+}
+
+/// A segment that the sender of `tuple` did not send.
+fn forge(world: &World, tuple: &Tuple, flags: u8) {
+    let _ = leaves(world, enters(world, packet(tuple, flags, 0xdead_beef, 0, b"")).expect("in")).expect("out");
+}
+
+#[test]
+fn forged_resets_and_beginnings_end_no_connection() {
+    for (client, vip, port) in [("10.244.1.50", "10.96.0.10", 80), ("203.0.113.5", "192.0.2.1", 30080)] {
+        let world = with_service(Proto::TCP);
+        let connection = open(&world, tuple(client, 4000, vip, port, Proto::TCP));
+        let entries = established(&world);
+        forge(&world, &connection.dialled, tcp::RST);
+        forge(&world, &connection.dialled, tcp::SYN);
+        assert_eq!(established(&world), entries, "the backend has not said that it is over");
+        // The backend answers the SYN with a challenge, which must reach the client.
+        reply(&world, &connection, tcp::ACK, 501);
+        send(&world, &connection, tcp::ACK, 507);
+        reply(&world, &connection, tcp::ACK, 507);
+    }
+}
+
+#[test]
+fn a_forged_reset_does_not_free_the_ends_for_another_frontend() {
+    let world = two_services(Proto::TCP);
+    let connection = open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP));
+    forge(&world, &connection.dialled, tcp::RST);
+    forge(&world, &tuple("10.244.1.50", 5555, "10.96.0.20", 80, Proto::TCP), tcp::SYN);
+    reply(&world, &connection, tcp::ACK, 501);
+    send(&world, &connection, tcp::ACK, 507);
+}
+
+#[test]
+fn a_connection_that_goes_on_after_a_reset_is_kept() {
+    let world = with_service(Proto::TCP);
+    let connection = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
+    let (key, _) = connection.plain.plain_key();
+    forge(&world, &connection.dialled, tcp::RST);
+    reply(&world, &connection, tcp::ACK, 501);
+    send(&world, &connection, tcp::ACK, 507);
+    let hot = Hot::unpack(crate::tables::Lookups::established(&world, &key).expect("established").hot());
+    let later = Seconds(world.now.get().0 + Seconds::span(3600));
+    assert!(!is_expired(Proto::TCP, hot, later));
+}
+
+#[test]
+fn a_client_that_reset_its_connection_opens_the_next_by_the_same_port() {
+    let world = with_service(Proto::TCP);
+    let first = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
+    send(&world, &first, tcp::FIN | tcp::ACK, 501);
+    send(&world, &first, tcp::RST, 0);
+    let entries = established(&world);
+    let second = open(&world, first.dialled);
+    assert_eq!((second.seen, established(&world)), (first.seen, entries));
+    reply(&world, &second, tcp::FIN | tcp::ACK, 501);
+    let (key, _) = second.plain.plain_key();
+    let hot = Hot::unpack(crate::tables::Lookups::established(&world, &key).expect("established").hot());
+    assert!(!hot.is_finished(), "the first one's FIN is not the second's");
 }
 
 #[test]
