@@ -42,7 +42,7 @@ abi! {
     /// Value of a flow entry. Fields that packets change are the first two; the others are fixed when it is made.
     pub struct FlowValue [80] {
         /// Seconds of the last packet (high half), state bits (low half); of the plain entry. See [`crate::lb::flow::Hot`].
-        /// front: seconds of the last question for `mac`.
+        /// front: seconds of the last question for `mac`; snat: [`crate::lb::flow::Hot::LEFT`], while pending.
         pub hot: u64,
         /// Proof of the return path, of the plain entry. See [`crate::lb::flow::Proof`].
         pub proof: u64,

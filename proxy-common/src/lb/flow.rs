@@ -51,6 +51,9 @@ impl Hot {
     /// The client has sent RST, and neither side anything since. Anybody can send that in the client's name; only the
     /// backend knows whether its sequence number is right (RFC 5961 section 3), so the connection may live on.
     pub const RESET_CLIENT: u32 = 1 << 5;
+    /// A packet of the client has left with the source that we rewrote. Of the snat entry too: unless it is set, what
+    /// comes to that source is no reply to us; the node's own masquerade may use the same port.
+    pub const LEFT: u32 = 1 << 6;
 
     /// From the stored word.
     #[inline(always)]

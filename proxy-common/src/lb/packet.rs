@@ -87,7 +87,9 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
         if let Some(flow) = flows.established(&key) {
             return Some(Verdict::Rewrite(to_peer(flow)));
         }
-        if let Some(flow) = flows.pending(&key) {
+        if let Some(flow) = flows.pending(&key)
+            && has_left(flow)
+        {
             return if is_answer(packet) { Some(Verdict::Rewrite(to_peer(flow))) } else { None };
         }
     }
@@ -309,9 +311,21 @@ fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: P
     }
 }
 
+/// The snat entry of a packet that may be a reply.
 #[inline(never)]
 fn snat_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>> {
-    find(flows, &packet.tuple.snat_key())
+    let key = packet.tuple.snat_key();
+    if let Some(flow) = flows.established(&key) {
+        return Some(flow);
+    }
+    let flow = flows.pending(&key)?;
+    if has_left(flow) { Some(flow) } else { None }
+}
+
+/// True if packets of a flow have left with the source that we rewrote, and not with one that the CNI gave them before us.
+#[inline(always)]
+fn has_left(entry: FlowRef<'_>) -> bool {
+    Hot::unpack(entry.hot()).state & Hot::LEFT != 0
 }
 
 /// True for what a backend may send first; for TCP, what it says to a SYN.
@@ -490,7 +504,12 @@ fn promote_plain<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, plain:
 fn promote_snat<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) -> bool {
     let key = snat_tuple(packet, rewrite, front).snat_key();
     match flows.pending(&key) {
-        Some(entry) => flows.establish(&key, entry),
+        Some(entry) if has_left(entry) => flows.establish(&key, entry),
+        // The CNI rewrites the source of this flow.
+        Some(_) => {
+            flows.remove_pending(&key);
+            true
+        }
         None => false,
     }
 }
@@ -1073,7 +1092,7 @@ fn icmp_error<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: 
     let tuple = &packet.tuple;
     if class.has(AddressClass::NODE)
         && ports.has(PortUse::SNAT)
-        && let Some(flow) = find(flows, &tuple.snat_key())
+        && let Some(flow) = snat_entry(flows, packet)
     {
         return Verdict::Rewrite(to_peer(flow));
     }
@@ -1132,6 +1151,9 @@ fn leaving<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
             if !touch(flows, packet, plain, from_client) {
                 return PASS;
             }
+            if from_client && plain.fixed(|value| value.has(FlowValue::SNAT)) && !has_left(plain) {
+                set_left(flows, packet, plain);
+            }
         }
     }
     if !from_client {
@@ -1147,6 +1169,19 @@ fn leaving<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
         mac: [0; 3],
         service: plain.fixed(|value| value.service),
     })
+}
+
+/// The first packet of a flow leaves with the source that we rewrite: from now on, what comes to that is a reply.
+#[inline(never)]
+fn set_left<F: Flows>(flows: &F, packet: &Parsed, plain: FlowRef<'_>) {
+    let hot = Hot::unpack(plain.hot());
+    plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::LEFT }.pack());
+    let mut reply = packet.tuple.reversed();
+    reply.dst = plain.fixed(|value| value.nat);
+    reply.dport = plain.fixed(|value| value.nat_port);
+    if let Some(snat) = flows.pending(&reply.snat_key()) {
+        snat.set_hot(Hot { seen: hot.seen, state: Hot::LEFT }.pack());
+    }
 }
 
 /// Notes a packet in its flow; writes only if the second or the state changed. False: the packet is not of this flow.

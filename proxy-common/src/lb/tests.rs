@@ -5,6 +5,7 @@ use super::rewrite::{End, Slice, apply};
 use super::tuple::Tuple;
 use super::world::{World, addr, tuple};
 use crate::abi::address::AddressClass;
+use crate::abi::flow::FlowKey;
 use crate::abi::frontend::FrontendValue;
 use crate::addr::{Addr, Proto};
 use crate::lb::flow::{Hot, Seconds, is_expired};
@@ -592,8 +593,8 @@ fn forged_beginnings_keep_nobody_from_a_remote_backend() {
         send(&world, &connection, tcp::ACK, 507);
     }
     let snat = |entries: &std::cell::RefCell<std::collections::HashMap<_, _>>| {
-        let keys: Vec<crate::abi::flow::FlowKey> = entries.borrow().keys().copied().collect();
-        keys.iter().filter(|key| key.kind == crate::abi::flow::FlowKey::SNAT).count()
+        let keys: Vec<FlowKey> = entries.borrow().keys().copied().collect();
+        keys.iter().filter(|key| key.kind == FlowKey::SNAT).count()
     };
     assert!(snat(&world.pending) <= 100, "each port once");
 }
@@ -693,6 +694,33 @@ fn the_state_of_a_connection_follows_what_both_sides_send() {
     assert!(!hot().is_finished());
     reply(&world, &connection, tcp::RST, 502);
     assert!(hot().is_finished());
+}
+
+#[test]
+fn a_port_that_the_cni_masquerades_with_is_not_ours_to_translate_back() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut world = World::new();
+        let service = world.add_service(&[("10.244.2.7", 80, false)], proto);
+        world.add_frontend(service, "0.0.0.0", 30080, proto, 0);
+        // Behind the hooks, the source is rewritten before us, by chance or to keep it with the port that we would take.
+        let dialled = tuple("203.0.113.5", 5000, "192.0.2.1", 30080, proto);
+        let masqueraded = tuple("192.0.2.1", 5000, "10.244.2.7", 80, proto);
+        let answer = packet(&masqueraded.reversed(), tcp::SYN | tcp::ACK, 500, 101, b"answer");
+        for round in 0..3 {
+            let flags = if round == 0 { tcp::SYN } else { tcp::ACK };
+            let inside = enters(&world, packet(&dialled, flags, 100, 501, b"question")).expect("in");
+            assert_eq!(tuple_of(&inside).src, dialled.src);
+            let outside = packet(&masqueraded, flags, 100, 501, b"question");
+            assert_eq!(leaves(&world, outside.clone()), Ok(outside));
+            assert_eq!(enters(&world, answer.clone()), Ok(answer.clone()), "{proto}: the kernel's");
+            let restored = packet(&tuple_of(&inside).reversed(), tcp::SYN | tcp::ACK, 500, 101, b"answer");
+            assert_eq!(tuple_of(&leaves(&world, restored).expect("out")), dialled.reversed());
+        }
+        assert_eq!(established(&world), 2, "{proto}: front and plain");
+        assert!(!world.pending.borrow().keys().any(|key| key.kind == FlowKey::SNAT), "{proto}: the port is free");
+        let error = too_big(addr("10.244.2.1"), &packet(&masqueraded, tcp::ACK, 1, 1, b"12345678"));
+        assert_eq!(enters(&world, error.clone()), Ok(error), "{proto}: an error about it");
+    }
 }
 
 /// A segment that the sender of `tuple` did not send.
