@@ -151,6 +151,8 @@ struct Connection {
     end: End,
     /// By which device the client's packets come.
     device: u32,
+    /// Of the client's last SYN.
+    syn: Option<u32>,
     /// Not through a frontend: to a backend, with a port that another connection has.
     is_direct: bool,
     /// The backend has answered, as it answers to a beginning.
@@ -201,6 +203,7 @@ impl Connection {
             wants_nat,
             end: End::default(),
             device: spot.device,
+            syn: syn_of(packet),
             is_direct: false,
             is_answered: false,
             is_clash: false,
@@ -321,14 +324,18 @@ impl Nat {
         }
         let is_clash = self.forget_if_new(packet);
         if let Some(connection) = self.note_end(packet, true, |connection| connection.is_to_frontend(proto, src, dst)) {
+            if !connection.is_direct || connection.device == spot.device {
+                return self.to_backend(spot, packet, &connection);
+            }
             // A direct connection's ends are those of another's translated packets, met again at another device.
-            if connection.is_direct && connection.device != spot.device {
+            if !opens(packet) {
                 return Expected::Same;
             }
-            return self.to_backend(spot, packet, &connection);
         }
         if let Some(other) = self.find(|connection| connection.is_plain_forward(proto, src, dst)) {
-            let is_direct = begins(packet) && other.device == spot.device && !other.end.is_over();
+            // The other's own SYN may be met again at another device.
+            let is_another = other.device == spot.device || opens(packet) && other.syn != syn_of(packet);
+            let is_direct = begins(packet) && is_another && !other.end.is_over();
             return if is_direct { self.open_direct(spot, packet, got) } else { Expected::Same };
         }
         match self.frontend(proto, dst) {
@@ -380,6 +387,7 @@ impl Nat {
         let backend = Backend { addr: packet.dst(), is_local: false };
         self.check_seen_port(packet.proto(), packet.src(), seen_client, backend, true);
         let connection = Connection { is_direct: true, ..Connection::new(spot, packet, backend, seen_client, false) };
+        self.connections.retain(|other| !other.is_to_frontend(packet.proto(), packet.src(), packet.dst()));
         self.connections.push(connection);
         self.to_backend(spot, packet, &connection)
     }
@@ -553,6 +561,7 @@ impl Nat {
         let connection = self.connections.iter_mut().find(|connection| is_it(connection))?;
         if let Body::Tcp(tcp) = &packet.body {
             connection.end.note(tcp.flags, is_by_client);
+            connection.syn = if is_by_client { syn_of(packet).or(connection.syn) } else { connection.syn };
         }
         Some(*connection)
     }
@@ -614,6 +623,14 @@ impl Nat {
 /// True for the segment that begins a connection.
 fn opens(packet: &Packet) -> bool {
     matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & (flag::SYN | flag::ACK) == flag::SYN)
+}
+
+/// The sequence number with which a packet begins a connection.
+fn syn_of(packet: &Packet) -> Option<u32> {
+    match &packet.body {
+        Body::Tcp(tcp) if opens(packet) => Some(tcp.seq),
+        _ => None,
+    }
 }
 
 /// True for a packet that may begin a connection.

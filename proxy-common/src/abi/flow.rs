@@ -66,8 +66,8 @@ abi! {
         pub ifindex: u32,
         /// See the flags of this type.
         pub flags: u32,
-        /// Zero.
-        pub reserved: u32,
+        /// plain, TCP: the sequence number of the client's last SYN, wire order. Packets that change it are rare.
+        pub sequence: u32,
     }
 }
 
@@ -146,6 +146,20 @@ impl<'a> FlowRef<'a> {
     pub fn set_mac(&self, mac: [u16; 3]) {
         // SAFETY: valid by `new`.
         unsafe { (&raw mut (*self.entry).mac).write_volatile(mac) }
+    }
+
+    /// The sequence number of the client's last SYN.
+    #[inline(always)]
+    pub fn sequence(&self) -> u32 {
+        // SAFETY: valid by `new`; aligned, four bytes, one load.
+        unsafe { (&raw const (*self.entry).sequence).read_volatile() }
+    }
+
+    /// Replaces that sequence number.
+    #[inline(always)]
+    pub fn set_sequence(&self, sequence: u32) {
+        // SAFETY: as in `sequence`.
+        unsafe { (&raw mut (*self.entry).sequence).write_volatile(sequence) }
     }
 
     /// The whole entry, to copy it elsewhere.

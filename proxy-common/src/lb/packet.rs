@@ -99,7 +99,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
             return Some(PASS);
         }
         let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN || !is_tcp;
-        return if opens && clashing(flows, tuple).is_some() { None } else { Some(PASS) };
+        return if opens && clashing(flows, packet).is_some() { None } else { Some(PASS) };
     }
     if packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
         return None;
@@ -404,7 +404,7 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
     let closes = is_tcp && packet.tcp_flags & (tcp::FIN | tcp::RST) != 0;
     let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
-        return Known::Other;
+        return if opens { Known::Nothing } else { Known::Other };
     }
     let gone = (opens || !is_tcp) && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite);
     if opens || closes || !established || gone {
@@ -421,6 +421,9 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
         let after = hot.after(flows.now(), packet.tcp_flags, true);
         if after != hot {
             plain.set_hot(after.pack());
+        }
+        if opens && plain.sequence() != packet.sequence {
+            plain.set_sequence(packet.sequence);
         }
         if !established && is_proven(packet, plain) {
             promote(flows, packet, &rewrite, front, plain);
@@ -705,14 +708,17 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
     Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags })
 }
 
-/// The translated flow from the same device that has this very tuple. (The other way round the packet would be a reply; met
-/// again at another device, the translated packet itself.)
+/// The translated flow that has this very tuple. (The other way round the packet would be a reply; met again at another
+/// device, the translated packet itself. A SYN of another connection is told from that by its sequence number: somebody may
+/// have opened the flow in the sender's name, by a device of his own.)
 #[inline(always)]
-fn clashing<'a, F: Lookups>(flows: &'a F, tuple: &Tuple) -> Option<FlowRef<'a>> {
-    let (key, src_first) = tuple.plain_key();
+fn clashing<'a, F: Lookups>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>> {
+    let (key, src_first) = packet.tuple.plain_key();
     let plain = find(flows, &key)?;
-    let clashes = plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first
-        && plain.fixed(|value| value.ifindex) == flows.ifindex()
+    let is_another = plain.fixed(|value| value.ifindex) == flows.ifindex()
+        || packet.tcp_flags & tcp::SYN != 0 && plain.sequence() != packet.sequence;
+    let clashes = is_another
+        && plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first
         && !plain.fixed(|value| value.has(FlowValue::DIRECT));
     if clashes { Some(plain) } else { None }
 }
@@ -729,15 +735,15 @@ enum Clash {
 }
 
 #[inline(never)]
-fn clash_of<F: Flows>(flows: &F, tuple: &Tuple) -> Clash {
-    match clashing(flows, tuple) {
+fn clash_of<F: Flows>(flows: &F, packet: &Parsed) -> Clash {
+    match clashing(flows, packet) {
         None => Clash::None,
-        Some(other) if is_over(flows, tuple.proto, other) => Clash::Over,
+        Some(other) if is_over(flows, packet.tuple.proto, other) => Clash::Over,
         Some(_) => Clash::Alive,
     }
 }
 
-/// A direct connection to a backend whose tuple a translated flow from the same device already has: it gets another
+/// A direct connection to a backend whose tuple a translated flow already has: it gets another
 /// source port, so that the backend's replies can be told apart. If that flow is over, it goes.
 #[inline(always)]
 fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
@@ -745,7 +751,7 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
     if packet.kind == Kind::LaterFragment {
         return Err(PASS);
     }
-    match clash_of(flows, tuple) {
+    match clash_of(flows, packet) {
         Clash::None => return Err(PASS),
         Clash::Over => {
             forget_over(flows, tuple);
@@ -808,6 +814,7 @@ pub fn create<F: Flows>(flows: &F, packet: &Parsed, target: &Target) -> Verdict 
         backend: target.id,
         ifindex: flows.ifindex(),
         flags: target.flags,
+        sequence: packet.sequence,
         ..FlowValue::ZERO
     };
     let sport = take_source_port(flows, tuple, target, value);

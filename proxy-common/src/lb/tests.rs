@@ -723,6 +723,21 @@ fn a_port_that_the_cni_masquerades_with_is_not_ours_to_translate_back() {
     }
 }
 
+#[test]
+fn a_connection_opened_in_a_pods_name_leaves_the_pods_own_alone() {
+    let world = with_service(Proto::TCP);
+    let (pod, forger) = (world.ifindex.get(), world.ifindex.get() + 1);
+    world.ifindex.set(forger);
+    let syn = |tuple: &Tuple| packet(tuple, tcp::SYN, 0xdead_beef, 0, b"");
+    let inside = enters(&world, syn(&tuple("10.244.1.50", 4000, "10.96.0.10", 80, Proto::TCP))).expect("in");
+    let own = tuple_of(&inside);
+    enters(&world, syn(&own)).expect("the same ends, directly");
+    world.ifindex.set(pod);
+    let connection = open(&world, own);
+    reply(&world, &connection, tcp::ACK, 501);
+    send(&world, &connection, tcp::ACK, 507);
+}
+
 /// A segment that the sender of `tuple` did not send.
 fn forge(world: &World, tuple: &Tuple, flags: u8) {
     let _ = leaves(world, enters(world, packet(tuple, flags, 0xdead_beef, 0, b"")).expect("in")).expect("out");
