@@ -425,12 +425,55 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
         if opens && plain.sequence() != packet.sequence {
             plain.set_sequence(packet.sequence);
         }
+        if !established
+            && front.fixed(|value| value.has(FlowValue::SNAT))
+            && !restore_snat(flows, packet, &rewrite, front, plain)
+        {
+            remove_beginning(flows, packet, &rewrite);
+            return Known::Nothing;
+        }
         if !established && is_proven(packet, plain) {
             promote(flows, packet, &rewrite, front, plain);
         }
     }
     rewrite.mac = bridge_mac(flows, packet, front, &rewrite);
     Known::Rewrite(rewrite)
+}
+
+/// Sees to it that a pending flow has its snat entry, which the LRU may have taken. False if another flow has that place now.
+#[inline(never)]
+fn restore_snat<F: Flows>(
+    flows: &F,
+    packet: &Parsed,
+    rewrite: &Rewrite,
+    front: FlowRef<'_>,
+    plain: FlowRef<'_>,
+) -> bool {
+    let key = snat_tuple(packet, rewrite, front).snat_key();
+    let sport = if rewrite.other_port.is_zero() { packet.tuple.sport } else { rewrite.other_port };
+    if let Some(entry) = find(flows, &key) {
+        return leads_to(entry, &packet.tuple.src, sport);
+    }
+    let Some(value) = flows.draft() else { return true };
+    front.with(|front| *value = *front);
+    value.hot = Hot { seen: flows.now(), state: Hot::unpack(plain.hot()).state & Hot::LEFT }.pack();
+    value.peer = packet.tuple.src;
+    value.peer_port = sport;
+    value.alias_port = Be16::ZERO;
+    flows.insert_pending(&key, value, true)
+}
+
+/// True if a snat entry is that of a client's flow.
+#[inline(always)]
+fn leads_to(snat: FlowRef<'_>, client: &Addr, port: Be16) -> bool {
+    snat.fixed(|value| value.peer == *client && value.peer_port == port)
+}
+
+/// Removes the front and plain entries of a pending flow.
+#[inline(never)]
+fn remove_beginning<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite) {
+    flows.remove_pending(&packet.tuple.front_key());
+    flows.remove_pending(&plain_tuple(&packet.tuple, rewrite).plain_key().0);
 }
 
 #[inline(never)]
@@ -506,6 +549,7 @@ fn promote_plain<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, plain:
 #[inline(never)]
 fn promote_snat<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) -> bool {
     let key = snat_tuple(packet, rewrite, front).snat_key();
+    // Just looked after by `restore_snat`.
     match flows.pending(&key) {
         Some(entry) if has_left(entry) => flows.establish(&key, entry),
         // The CNI rewrites the source of this flow.
@@ -852,7 +896,7 @@ fn towards(tuple: &Tuple, target: &Target, sport: Be16) -> Tuple {
 #[inline(never)]
 fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue) -> Be16 {
     let mut plain = towards(tuple, target, tuple.sport);
-    let taken = value.has(FlowValue::ALIAS) || tuple.proto != Proto::TCP && flows.tracked(&plain) != Tracked::Unknown;
+    let taken = value.has(FlowValue::ALIAS) || tuple.proto != Proto::TCP && is_tracked(flows, &plain, value);
     if !taken && claim_plain(flows, &plain, value) {
         return tuple.sport;
     }
@@ -862,6 +906,14 @@ fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: 
         claim_plain(flows, &plain, value)
     });
     if found { plain.sport } else { Be16::ZERO }
+}
+
+/// True if the kernel knows a datagram's tuple from another flow than this one.
+#[inline(always)]
+fn is_tracked<F: Flows>(flows: &F, plain: &Tuple, value: &FlowValue) -> bool {
+    let (key, client_is_a) = plain.plain_key();
+    !find(flows, &key).is_some_and(|other| is_own(other, value, client_is_a))
+        && flows.tracked(plain) != Tracked::Unknown
 }
 
 /// Stores the snat entry under a free port of its new source; as [`claim_snat`].
@@ -907,13 +959,30 @@ fn claim_plain<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> boo
     let (key, client_is_a) = plain.plain_key();
     value.flags = value.flags & !FlowValue::CLIENT_IS_A | if client_is_a { FlowValue::CLIENT_IS_A } else { 0 };
     if let Some(other) = find(flows, &key) {
-        if !is_over(flows, plain.proto, other) {
+        if is_own(other, value, client_is_a) {
+            value.nat_port = other.fixed(|value| value.nat_port);
+        } else if is_over(flows, plain.proto, other) {
+            forget_others(flows, plain, client_is_a, other);
+        } else {
             return false;
         }
-        forget_others(flows, plain, client_is_a, other);
         flows.remove(&key);
     }
     flows.insert_pending(&key, value, true)
+}
+
+/// True if a plain entry is of the very flow that is made, whose front entry the LRU has taken: it begins again in its place,
+/// since the backend may have heard of it.
+#[inline(always)]
+fn is_own(plain: FlowRef<'_>, value: &FlowValue, client_is_a: bool) -> bool {
+    let is_same = plain.fixed(|other| {
+        other.peer == value.peer
+            && other.peer_port == value.peer_port
+            && other.alias_port == value.alias_port
+            && other.has(FlowValue::CLIENT_IS_A) == client_is_a
+            && other.has(FlowValue::DIRECT) == value.has(FlowValue::DIRECT)
+    });
+    is_same && Hot::unpack(plain.hot()).state & Hot::CLASH == 0
 }
 
 /// Removes what a flow that is over has besides its plain entry, which another takes: packets that straggle would follow
@@ -974,8 +1043,14 @@ fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> u32 
     value.peer = plain.src;
     value.peer_port = plain.sport;
     value.alias_port = Be16::ZERO;
-    let kept = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value) == CLAIMED;
-    if kept {
+    // Of a flow that begins again: it goes by the port that the backend knows.
+    let own = value.nat_port;
+    if !own.is_zero() {
+        reply.dport = own;
+    }
+    let may_keep = !own.is_zero() || may_keep_port(flows, plain.sport.host());
+    let kept = may_keep && claim_reply(flows, &reply, value) == CLAIMED;
+    if kept && own.is_zero() {
         flows.mark_port(plain.sport.host(), PortUse::SNAT);
     }
     // The first port met whose flow is only pending, and how many such were met.
@@ -1017,7 +1092,10 @@ fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> u32 {
         return TAKEN;
     }
     // Looked up first: an insertion that fails has pushed out another entry all the same (an LRU makes room beforehand).
-    if flows.pending(&key).is_some() || !flows.insert_pending(&key, value, true) {
+    if let Some(other) = flows.pending(&key) {
+        return if leads_to(other, &value.peer, value.peer_port) { CLAIMED } else { PENDING };
+    }
+    if !flows.insert_pending(&key, value, true) {
         return PENDING;
     }
     // A connection of this node itself with the same ends would lose its replies to us.

@@ -738,6 +738,44 @@ fn a_connection_opened_in_a_pods_name_leaves_the_pods_own_alone() {
     send(&world, &connection, tcp::ACK, 507);
 }
 
+#[test]
+fn a_beginning_that_lost_an_entry_heals_with_the_next_packet() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut world = World::new();
+        let service = world.add_service(&[("10.244.2.7", 80, false)], proto);
+        world.add_frontend(service, "0.0.0.0", 30080, proto, 0);
+        world.add_frontend(service, "10.96.0.10", 80, proto, CLUSTER_IP);
+        let at_port = |sport| tuple("203.0.113.5", sport, "192.0.2.1", 30080, proto);
+        for (port, dialled) in
+            (0..).zip([at_port(40000), at_port(5000), tuple("10.244.1.50", 5000, "10.96.0.10", 80, proto)])
+        {
+            for lost in [FlowKey::FRONT, FlowKey::PLAIN, FlowKey::SNAT] {
+                let connection = dial(&world, dialled).expect("a service");
+                // The kernel tracks it too, which does not make it another's.
+                world.tracked.insert(connection.plain, Tracked::Plain);
+                world.pending.borrow_mut().retain(|key, _| key.kind != lost);
+                world.now.set(Seconds(world.now.get().0 + 1));
+                let again = dial(&world, dialled).expect("a service");
+                if lost != FlowKey::PLAIN {
+                    assert_eq!(again.seen, connection.seen, "{proto} {port}: without {lost}");
+                }
+                reply(&world, &again, tcp::SYN | tcp::ACK, 500);
+                // Once more, before the client confirms.
+                if lost == FlowKey::SNAT {
+                    world.pending.borrow_mut().retain(|key, _| key.kind != lost);
+                }
+                send(&world, &again, tcp::ACK, 501);
+                assert_eq!(established(&world), if port < 2 { 3 } else { 2 }, "{proto} {port}: without {lost}");
+                reply(&world, &again, tcp::ACK, 501);
+                assert!(world.drops.borrow().is_empty());
+                world.pending.borrow_mut().clear();
+                world.established.borrow_mut().clear();
+                world.tracked.clear();
+            }
+        }
+    }
+}
+
 /// A segment that the sender of `tuple` did not send.
 fn forge(world: &World, tuple: &Tuple, flags: u8) {
     let _ = leaves(world, enters(world, packet(tuple, flags, 0xdead_beef, 0, b"")).expect("in")).expect("out");
