@@ -118,7 +118,7 @@ fn reset(mut skb: SkBuff, link: Link, parsed: &Parsed) -> Option<()> {
     let v6 = !parsed.tuple.src.is_v4();
     let old = skb.load::<header::Tcp>(l4)?;
     let partial = is_partial(skb, l4 + 16)?;
-    let mut answer = reset_to(&old, parsed, skb.len());
+    let mut answer = reset_to(&old, parsed, end_of(&skb, parsed, skb.len())?);
     let pseudo = pseudo_sum(&parsed.tuple.src, &parsed.tuple.dst, Proto::TCP.0, TCP);
     answer.checksum = if partial { fold(pseudo) } else { !fold(pseudo + tcp_sum(&answer)) };
     // SAFETY: the context of the running program.
@@ -144,9 +144,21 @@ fn reset(mut skb: SkBuff, link: Link, parsed: &Parsed) -> Option<()> {
     turn_frame(skb, link)
 }
 
-/// The reset that answers a segment in a packet of `length` bytes, without its checksum.
+/// Where the packet in a frame of `length` bytes ends: a short one is padded (IEEE 802.3).
 #[inline(always)]
-fn reset_to(segment: &header::Tcp, parsed: &Parsed, length: u32) -> header::Tcp {
+fn end_of<P: Packet>(packet: &P, parsed: &Parsed, length: u32) -> Option<u32> {
+    let l3 = parsed.l3 as usize;
+    let end = if parsed.tuple.src.is_v4() {
+        l3 as u32 + u16::from_be(packet.load::<header::Ipv4>(l3)?.length) as u32
+    } else {
+        (l3 + IPV6) as u32 + u16::from_be(packet.load::<header::Ipv6>(l3)?.length) as u32
+    };
+    Some(if end < length { end } else { length })
+}
+
+/// The reset that answers a segment of a packet that ends at `end`, without its checksum.
+#[inline(always)]
+fn reset_to(segment: &header::Tcp, parsed: &Parsed, end: u32) -> header::Tcp {
     let mut answer = header::Tcp {
         source: segment.destination,
         destination: segment.source,
@@ -162,20 +174,20 @@ fn reset_to(segment: &header::Tcp, parsed: &Parsed, length: u32) -> header::Tcp 
         answer.sequence = segment.acknowledgment;
     } else {
         answer.flags |= tcp::ACK;
-        let end = u32::from_be(segment.sequence).wrapping_add(sequence_length(segment, parsed, length));
-        answer.acknowledgment = end.to_be();
+        let next = u32::from_be(segment.sequence).wrapping_add(sequence_length(segment, parsed, end));
+        answer.acknowledgment = next.to_be();
     }
     answer
 }
 
 /// Sequence numbers that a segment takes: data, SYN and FIN.
 #[inline(always)]
-fn sequence_length(segment: &header::Tcp, parsed: &Parsed, length: u32) -> u32 {
+fn sequence_length(segment: &header::Tcp, parsed: &Parsed, end: u32) -> u32 {
     let header = (segment.offset >> 4) as u32 * 4;
-    let data = length.saturating_sub(parsed.l4 as u32 + header);
-    let control = segment.flags & tcp::SYN != 0;
-    let end = segment.flags & tcp::FIN != 0;
-    data + control as u32 + end as u32
+    let data = end.saturating_sub(parsed.l4 as u32 + header);
+    let syn = segment.flags & tcp::SYN != 0;
+    let fin = segment.flags & tcp::FIN != 0;
+    data + syn as u32 + fin as u32
 }
 
 /// Turns the TCP segment of an XDP program into the reset that answers it; true if it may be sent.
@@ -190,7 +202,8 @@ pub fn reset_frame(frame: Frame, parsed: &Parsed) -> bool {
 #[inline(always)]
 fn build_reset_frame(mut frame: Frame, parsed: &Parsed) -> Option<()> {
     let (l3, l4) = (parsed.l3 as usize, parsed.l4 as usize);
-    let mut answer = reset_to(&frame.load::<header::Tcp>(l4)?, parsed, frame.len());
+    let end = end_of(&frame, parsed, frame.len())?;
+    let mut answer = reset_to(&frame.load::<header::Tcp>(l4)?, parsed, end);
     let pseudo = pseudo_sum(&parsed.tuple.src, &parsed.tuple.dst, Proto::TCP.0, TCP);
     answer.checksum = !fold(pseudo + tcp_sum(&answer));
     let surplus = (l4 + TCP) as i32 - frame.len() as i32;

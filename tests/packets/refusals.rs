@@ -1,9 +1,10 @@
 //! Refusals: who is answered, who is not, and which counter says so.
 
-use shunt_tests::nat::Hook;
+use shunt_tests::nat::{Hook, check_answer};
 use shunt_tests::packet::{Body, Icmp, Ip, Packet, flag, proto};
 use shunt_tests::topology::{Family, SERVICES};
 
+use crate::datapath::Outcome;
 use crate::lab::{Device, Lab, Proto, each, tcp};
 use crate::world::{self, Name};
 
@@ -92,10 +93,25 @@ fn resets_and_errors_are_never_answered() {
             tcp(&mut packet).flags = flags;
             assert_eq!(
                 lab.peek(Hook::Ingress, Device::Pod(2), &packet),
-                crate::datapath::Outcome::Dropped,
+                Outcome::Dropped,
                 "{packet:?}"
             );
         }
+    }
+}
+
+#[test]
+fn a_reset_does_not_acknowledge_the_padding_of_a_short_frame() {
+    let lab = Lab::new();
+    for family in Family::ALL {
+        let frontend = Name::Empty.vip().port(family, world::PORT);
+        let opening = lab.opening(Proto::Tcp, world::outside(1).port(family, 4000), frontend);
+        // A SYN without options: 54 bytes with IPv4, where 60 is the least.
+        let padded = [opening.to_bytes(), vec![0; 6]].concat();
+        let Outcome::Answered(answer) = lab.run_bytes(Hook::Ingress, Device::Eth0, &padded) else {
+            panic!("it is refused");
+        };
+        check_answer(&opening, &answer).expect("a right answer");
     }
 }
 
