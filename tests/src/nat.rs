@@ -289,7 +289,10 @@ impl Nat {
         match &packet.body {
             Body::Tcp(_) | Body::Udp(_) => self.transport(spot, packet, got),
             Body::Error(error) => self.error(spot.hook, packet, error),
-            // Services have TCP and UDP ports alone.
+            // Services have TCP and UDP ports alone. Fragments are never answered.
+            Body::Icmp(_) | Body::Other(..) if self.is_cluster_ip(packet.ip.dst) && packet.part.is_some() => {
+                Expected::Drop
+            }
             Body::Icmp(_) | Body::Other(..) if self.is_cluster_ip(packet.ip.dst) => Expected::Reject,
             Body::Icmp(_) | Body::Other(..) => Expected::Same,
         }
@@ -511,8 +514,8 @@ impl Nat {
         let quoted = &error.quoted;
         let (proto, src, dst) = (quoted.proto(), quoted.src(), quoted.dst());
         let has_ports = quoted.ports().is_some() && quoted.part.is_none_or(|part| part.from == 0);
-        if !has_ports || error.quoted_bytes < quoted.header_bytes() + 8 {
-            return Expected::Same;
+        if !has_ports || error.quoted_bytes < quoted.header_bytes() + 4 {
+            return if self.is_cluster_ip(packet.ip.dst) { Expected::Drop } else { Expected::Same };
         }
         let found = match hook {
             // From beyond a backend, about a packet that left with our source; or from a client, about an answer.

@@ -223,7 +223,10 @@ pub fn ingress_flow<F: Flows>(flows: &F, packet: &mut Parsed) -> Step {
                 if packet.kind == Kind::Echo { DropReason::UnknownPort } else { DropReason::UnsupportedProtocol };
             Step::Done(Verdict::Refuse(reason, Refusal::Reject))
         }
-        Kind::Echo | Kind::Other => Step::Done(PASS),
+        Kind::Unanswerable if class.has(AddressClass::CLUSTER_IP) => {
+            Step::Done(Verdict::Refuse(DropReason::UnsupportedProtocol, Refusal::Drop))
+        }
+        Kind::Echo | Kind::Other | Kind::Unanswerable => Step::Done(PASS),
     }
 }
 
@@ -1195,7 +1198,7 @@ fn icmp_error<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: 
 pub fn egress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
     match packet.kind {
         Kind::Transport if !packet.first_fragment => Some(leaving(flows, packet)),
-        Kind::Echo | Kind::Other => Some(untranslated(flows, packet)),
+        Kind::Echo | Kind::Other | Kind::Unanswerable => Some(untranslated(flows, packet)),
         _ => None,
     }
 }
@@ -1204,7 +1207,7 @@ pub fn egress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
 #[inline(always)]
 pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
     match packet.kind {
-        Kind::Echo | Kind::Other => return untranslated(flows, packet),
+        Kind::Echo | Kind::Other | Kind::Unanswerable => return untranslated(flows, packet),
         Kind::Transport | Kind::LaterFragment => {
             if !fragment_ports(flows, packet, Hook::Egress) {
                 return PASS;
