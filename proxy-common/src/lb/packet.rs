@@ -1307,13 +1307,30 @@ fn answer(packet: &Parsed, plain: FlowRef<'_>, hot: Hot) -> bool {
     true
 }
 
-/// A packet that no flow translates: if it goes to a service's address, a process that the socket hooks do not see made it.
+/// A packet that no flow translates: if it goes to a service's address, a process of this node made it that the socket hooks
+/// do not see, or whose connection they leave alone since policy keeps it from all endpoints.
 #[inline(always)]
 fn untranslated<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
     match flows.config() {
         Some(config) if config.is_service_address(&packet.outer_dst) => {
-            Verdict::Refuse(DropReason::HostUnhooked, Refusal::Reject)
+            if packet.kind == Kind::Transport && is_kept_from(flows, &packet.tuple) {
+                Verdict::Refuse(DropReason::NoLocalEndpoint, Refusal::Drop)
+            } else {
+                Verdict::Refuse(DropReason::HostUnhooked, Refusal::Reject)
+            }
         }
         _ => PASS,
+    }
+}
+
+/// True if a process of this node gets no endpoint by policy while there are some.
+#[inline(never)]
+fn is_kept_from<F: Flows>(flows: &F, tuple: &Tuple) -> bool {
+    let (class, ports) = (flows.address(&tuple.dst), flows.port_use(tuple.dport.host()));
+    match pick::find_frontend(flows, class, ports, &tuple.dst, tuple.dport, tuple.proto) {
+        Some(frontend) => {
+            pick::set_for(flows, frontend.value, true) == Err((DropReason::NoLocalEndpoint, Refusal::Drop))
+        }
+        None => false,
     }
 }

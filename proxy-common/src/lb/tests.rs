@@ -529,6 +529,17 @@ fn policies_and_emptiness_decide_who_is_refused_and_how() {
 }
 
 #[test]
+fn a_process_of_the_node_is_dropped_where_policy_keeps_it_from_all_endpoints() {
+    let mut world = World::new();
+    let remote = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    world.add_frontend(remote, "10.96.0.10", 80, Proto::TCP, CLUSTER_IP | FrontendValue::INSIDE_LOCAL);
+    world.add_frontend(remote, "10.96.0.20", 80, Proto::TCP, CLUSTER_IP);
+    let syn = |dst| packet(&tuple("192.0.2.1", 4000, dst, 80, Proto::TCP), tcp::SYN, 1, 0, b"");
+    assert_eq!(leaves(&world, syn("10.96.0.10")), Err((DropReason::NoLocalEndpoint, Refusal::Drop)));
+    assert_eq!(leaves(&world, syn("10.96.0.20")), Err((DropReason::HostUnhooked, Refusal::Reject)));
+}
+
+#[test]
 fn a_gone_backend_is_left_by_datagrams_at_once_and_by_connections_at_their_next_syn() {
     for proto in [Proto::TCP, Proto::UDP] {
         let mut world = World::new();
