@@ -594,17 +594,11 @@ fn snat_tuple(packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) -> Tuple {
 #[inline(never)]
 fn remove_flow<F: Flows>(flows: &F, tuple: &Tuple, rewrite: &Rewrite, plain: FlowRef<'_>) {
     flows.remove(&tuple.front_key());
+    let forward = plain_tuple(tuple, rewrite);
     if plain.fixed(|value| value.has(FlowValue::SNAT)) {
-        let nat = Tuple {
-            src: rewrite.addr,
-            dst: plain.fixed(|value| value.nat),
-            sport: rewrite.port,
-            dport: plain.fixed(|value| value.nat_port),
-            proto: tuple.proto,
-        };
-        flows.remove(&nat.snat_key());
+        forget_snat(flows, &forward, true, plain);
     }
-    flows.remove(&plain_tuple(tuple, rewrite).plain_key().0);
+    flows.remove(&forward.plain_key().0);
 }
 
 /// How long the MAC address of a backend on the client's bridge is believed, in [`Seconds`]: then the kernel is asked again,
@@ -899,7 +893,10 @@ fn towards(tuple: &Tuple, target: &Target, sport: Be16) -> Tuple {
 #[inline(never)]
 fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue) -> Be16 {
     let mut plain = towards(tuple, target, tuple.sport);
-    let taken = value.has(FlowValue::ALIAS) || tuple.proto != Proto::TCP && is_tracked(flows, &plain, value);
+    // Zero, which a datagram without use for answers may have (RFC 768), means "none" here.
+    let taken = value.has(FlowValue::ALIAS)
+        || tuple.sport.is_zero()
+        || tuple.proto != Proto::TCP && is_tracked(flows, &plain, value);
     if !taken && claim_plain(flows, &plain, value) {
         return tuple.sport;
     }
@@ -999,12 +996,17 @@ fn forget_others<F: Flows>(flows: &F, plain: &Tuple, client_is_a: bool, other: F
     forget_front(flows, plain, same_way, other);
 }
 
+/// Removes the snat entry of a flow; its place may be another's by now, if a CNI rewrote the flow's source.
 #[inline(never)]
 fn forget_snat<F: Flows>(flows: &F, plain: &Tuple, same_way: bool, other: FlowRef<'_>) {
+    let (client, port) = if same_way { (&plain.src, plain.sport) } else { (&plain.dst, plain.dport) };
     let mut reply = if same_way { plain.reversed() } else { *plain };
     reply.dst = other.fixed(|value| value.nat);
     reply.dport = other.fixed(|value| value.nat_port);
-    flows.remove(&reply.snat_key());
+    let key = reply.snat_key();
+    if find(flows, &key).is_some_and(|snat| leads_to(snat, client, port)) {
+        flows.remove(&key);
+    }
 }
 
 #[inline(never)]
@@ -1208,6 +1210,10 @@ pub fn egress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
 pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
     match packet.kind {
         Kind::Echo | Kind::Other | Kind::Unanswerable => return untranslated(flows, packet),
+        // What no flow translates has no part that one does.
+        Kind::Transport if packet.first_fragment && !is_of_flow(flows, &packet.tuple) => {
+            return untranslated(flows, packet);
+        }
         Kind::Transport | Kind::LaterFragment => {
             if !fragment_ports(flows, packet, Hook::Egress) {
                 return PASS;
@@ -1216,6 +1222,11 @@ pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
         Kind::IcmpError | Kind::IcmpRedirect => {}
     }
     leaving(flows, packet)
+}
+
+#[inline(never)]
+fn is_of_flow<F: Flows>(flows: &F, tuple: &Tuple) -> bool {
+    find(flows, &tuple.plain_key().0).is_some()
 }
 
 /// A packet with a tuple, at egress.

@@ -611,6 +611,20 @@ fn forged_beginnings_keep_nobody_from_a_remote_backend() {
 }
 
 #[test]
+fn a_datagram_without_source_port_reaches_its_backend() {
+    let mut world = with_service(Proto::UDP);
+    let remote = world.add_service(&[("10.244.2.7", 53, false)], Proto::UDP);
+    world.add_frontend(remote, "198.51.100.7", 53, Proto::UDP, 0);
+    for (dst, port) in [("198.51.100.7", 53), ("10.96.0.10", 80)] {
+        let first = dial(&world, tuple("203.0.113.5", 0, dst, port, Proto::UDP)).expect("a service");
+        let entries = world.pending.borrow().len();
+        send(&world, &first, 0, 0);
+        assert_eq!(world.pending.borrow().len(), entries, "one flow");
+    }
+    assert!(world.drops.borrow().is_empty());
+}
+
+#[test]
 fn a_client_port_that_the_kernel_never_hands_out_is_kept_if_free() {
     let mut world = with_service(Proto::UDP);
     let service = world.add_service(&[("10.244.2.7", 5060, false)], Proto::UDP);
@@ -731,6 +745,16 @@ fn a_port_that_the_cni_masquerades_with_is_not_ours_to_translate_back() {
         assert!(!world.pending.borrow().keys().any(|key| key.kind == FlowKey::SNAT), "{proto}: the port is free");
         let error = too_big(addr("10.244.2.1"), &packet(&masqueraded, tcp::ACK, 1, 1, b"12345678"));
         assert_eq!(enters(&world, error.clone()), Ok(error), "{proto}: an error about it");
+        if proto == Proto::TCP {
+            // Another connection gets the port, and keeps it when the first one is over.
+            let other = open(&world, Tuple { src: addr("203.0.113.6"), ..dialled });
+            assert_eq!(other.seen, masqueraded);
+            let inside = enters(&world, packet(&dialled, tcp::FIN | tcp::ACK, 108, 507, b"")).expect("in");
+            let fin = packet(&tuple_of(&inside).reversed(), tcp::FIN | tcp::ACK, 507, 109, b"");
+            leaves(&world, fin).expect("out");
+            enters(&world, packet(&dialled, tcp::SYN, 1000, 0, b"")).expect("in");
+            reply(&world, &other, tcp::ACK, 501);
+        }
     }
 }
 
@@ -860,6 +884,8 @@ fn later_fragments_go_where_the_first_went() {
         bytes[10..12].copy_from_slice(&checksum.to_be_bytes());
     }
     assert_eq!(enters(&world, later.clone()), Ok(later.clone()), "to the node's own address it may be anybody's");
+    leaves(&world, first.clone()).expect("out");
+    assert!(world.fragments.borrow().is_empty(), "what no flow translates has no part that one does");
     let arrived = leaves(&world, enters(&world, first).expect("in")).expect("out");
     let mut parsed = parse(&later);
     let Verdict::Rewrite(rewrite) = ingress(&world, &mut parsed) else { panic!("not translated") };
