@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
-use crate::packet::{Body, Error, Packet, error, flag};
+use crate::packet::{Body, Error, Packet, error, flag, proto};
 
 /// An address prefix.
 #[derive(Clone, Copy, Debug)]
@@ -370,11 +370,23 @@ impl Nat {
                 return true;
             }
             is_clash |= connection.is_clash;
-            let is_gone = !connection.is_direct && !self.is_listed(proto, connection.backend);
+            let is_gone = !connection.is_direct && !self.is_there(connection);
             !(is_gone || opens(packet) && (connection.end.is_over() || connection.is_clash))
         });
         self.connections = connections;
         is_clash
+    }
+
+    /// True if a connection's backend may get more of it: a datagram, if the client would get it anew; a SYN, if any
+    /// service has it.
+    fn is_there(&self, connection: &Connection) -> bool {
+        if connection.proto == proto::TCP {
+            return self.is_listed(connection.proto, connection.backend);
+        }
+        let Some((service, frontend)) = self.frontend(connection.proto, connection.frontend) else { return false };
+        let is_inside = self.is_inside(connection.client.ip());
+        let is_local = if is_inside { frontend.is_local_inside } else { frontend.is_local_outside };
+        matches!(if is_local { &service.local } else { &service.cluster }, Set::Of(all) if all.contains(&connection.backend))
     }
 
     fn is_listed(&self, proto: u8, backend: Backend) -> bool {

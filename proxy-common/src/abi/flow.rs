@@ -66,8 +66,9 @@ abi! {
         pub ifindex: u32,
         /// See the flags of this type.
         pub flags: u32,
-        /// plain, TCP: the sequence number of the client's last SYN, wire order. Packets that change it are rare.
-        pub sequence: u32,
+        /// plain, TCP: the sequence number of the client's last SYN, wire order. front, UDP: the service's fingerprint when the
+        /// backend was last known to be in its set. Packets that change it are rare.
+        pub stamp: u32,
     }
 }
 
@@ -148,18 +149,18 @@ impl<'a> FlowRef<'a> {
         unsafe { (&raw mut (*self.entry).mac).write_volatile(mac) }
     }
 
-    /// The sequence number of the client's last SYN.
+    /// See the field.
     #[inline(always)]
-    pub fn sequence(&self) -> u32 {
+    pub fn stamp(&self) -> u32 {
         // SAFETY: valid by `new`; aligned, four bytes, one load.
-        unsafe { (&raw const (*self.entry).sequence).read_volatile() }
+        unsafe { (&raw const (*self.entry).stamp).read_volatile() }
     }
 
-    /// Replaces that sequence number.
+    /// Replaces it.
     #[inline(always)]
-    pub fn set_sequence(&self, sequence: u32) {
-        // SAFETY: as in `sequence`.
-        unsafe { (&raw mut (*self.entry).sequence).write_volatile(sequence) }
+    pub fn set_stamp(&self, stamp: u32) {
+        // SAFETY: as in `stamp`.
+        unsafe { (&raw mut (*self.entry).stamp).write_volatile(stamp) }
     }
 
     /// The whole entry, to copy it elsewhere.

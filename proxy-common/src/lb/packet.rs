@@ -112,7 +112,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
         return Some(PASS);
     }
-    if wants_mac || !is_tcp && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite) {
+    if wants_mac || !is_tcp && !direct && !may_go_on(flows, front, &rewrite) {
         return None;
     }
     Some(Verdict::Rewrite(rewrite))
@@ -409,7 +409,10 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
         return if opens { Known::Nothing } else { Known::Other };
     }
-    let gone = (opens || !is_tcp) && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite);
+    let gone = (opens || !is_tcp)
+        && !direct
+        && (!is_same_backend(flows, front.fixed(|value| value.backend), &rewrite)
+            || !is_tcp && !is_in_set(flows, &packet.tuple, front));
     if opens || closes || !established || gone {
         let Some(plain) = plain_entry(flows, packet, &rewrite) else {
             remove_front(flows, packet);
@@ -425,8 +428,8 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
         if after != hot {
             plain.set_hot(after.pack());
         }
-        if opens && plain.sequence() != packet.sequence {
-            plain.set_sequence(packet.sequence);
+        if opens && plain.stamp() != packet.sequence {
+            plain.set_stamp(packet.sequence);
         }
         if !established
             && front.fixed(|value| value.has(FlowValue::SNAT))
@@ -490,6 +493,42 @@ fn is_same_backend<T: Tables>(flows: &T, id: u32, rewrite: &Rewrite) -> bool {
     match flows.backend(id) {
         Some(backend) => backend.is_live() && backend.addr == rewrite.addr && backend.port == rewrite.port,
         None => false,
+    }
+}
+
+/// True if a datagram follows its flow without more ado: the backend is there, and the sets of its service are as they were.
+#[inline(always)]
+fn may_go_on<F: Lookups>(flows: &F, front: FlowRef<'_>, rewrite: &Rewrite) -> bool {
+    front.stamp() == flows.fingerprint(rewrite.service)
+        && is_same_backend(flows, front.fixed(|value| value.backend), rewrite)
+}
+
+/// True if the backend of a datagram's flow is still in the set that its client gets; other services may have it too. Looked
+/// up only when the service's sets have changed.
+#[inline(never)]
+fn is_in_set<F: Flows>(flows: &F, tuple: &Tuple, front: FlowRef<'_>) -> bool {
+    let fingerprint = flows.fingerprint(front.fixed(|value| value.service));
+    if front.stamp() == fingerprint {
+        return true;
+    }
+    let is_listed = is_listed(flows, tuple, front);
+    if is_listed {
+        front.set_stamp(fingerprint);
+    }
+    is_listed
+}
+
+#[inline(never)]
+fn is_listed<F: Flows>(flows: &F, tuple: &Tuple, front: FlowRef<'_>) -> bool {
+    let (class, ports) = (flows.address(&tuple.dst), flows.port_use(tuple.dport.host()));
+    let found = pick::find_frontend(flows, class, ports, &tuple.dst, tuple.dport, tuple.proto);
+    let Some(frontend) = found else { return false };
+    match pick::set_for(flows, frontend.value, is_inside(flows, tuple)) {
+        Ok(range) => {
+            frontend.value.service == front.fixed(|value| value.service)
+                && flows.range_contains(range, front.fixed(|value| value.backend))
+        }
+        Err(_) => false,
     }
 }
 
@@ -730,6 +769,8 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
     let tuple = &packet.tuple;
     let service = frontend.value.service;
     let client = client_of(flows, tuple, service);
+    // Read before the sets: if they change meanwhile, they are looked at again.
+    let fingerprint = flows.fingerprint(service);
     let pick = match pick::pick(flows, frontend.value, &client, flows.now()) {
         Ok(pick) => pick,
         Err((reason, refusal)) => {
@@ -746,7 +787,7 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
         }
         flags |= FlowValue::SNAT;
     }
-    Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags })
+    Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, fingerprint, nat, flags })
 }
 
 /// The translated flow that has this very tuple. (The other way round the packet would be a reply; met again at another
@@ -757,7 +798,7 @@ fn clashing<'a, F: Lookups>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>
     let (key, src_first) = packet.tuple.plain_key();
     let plain = find(flows, &key)?;
     let is_another = plain.fixed(|value| value.ifindex) == flows.ifindex()
-        || packet.tcp_flags & tcp::SYN != 0 && plain.sequence() != packet.sequence;
+        || packet.tcp_flags & tcp::SYN != 0 && plain.stamp() != packet.sequence;
     let clashes = is_another
         && plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first
         && !plain.fixed(|value| value.has(FlowValue::DIRECT));
@@ -806,6 +847,7 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
         port: tuple.dport,
         id: 0,
         service: 0,
+        fingerprint: 0,
         nat: Addr::UNSPECIFIED_V6,
         flags: FlowValue::DIRECT | FlowValue::ALIAS,
     })
@@ -832,6 +874,8 @@ pub struct Target {
     pub id: u32,
     /// The service.
     pub service: u32,
+    /// That of the service when the backend was picked.
+    pub fingerprint: u32,
     /// The rewritten source, if `flags` say so.
     pub nat: Addr,
     /// Flags of [`FlowValue`].
@@ -855,7 +899,7 @@ pub fn create<F: Flows>(flows: &F, packet: &Parsed, target: &Target) -> Verdict 
         backend: target.id,
         ifindex: flows.ifindex(),
         flags: target.flags,
-        sequence: packet.sequence,
+        stamp: packet.sequence,
         ..FlowValue::ZERO
     };
     let sport = take_source_port(flows, tuple, target, value);
@@ -941,6 +985,7 @@ fn remove_plain<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, sport: Be16
 fn store_front<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue) {
     value.peer = target.addr;
     value.peer_port = target.port;
+    value.stamp = target.fingerprint;
     if !value.has(FlowValue::SNAT) {
         match flows.bridge_neighbour(&tuple.src, &target.addr) {
             Neighbour::At(mac) => value.mac = mac,

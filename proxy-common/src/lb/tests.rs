@@ -559,6 +559,37 @@ fn a_gone_backend_is_left_by_datagrams_at_once_and_by_connections_at_their_next_
 }
 
 #[test]
+fn datagrams_leave_a_backend_that_their_service_dropped_while_another_has_it() {
+    const BACKENDS: [&str; 2] = ["10.244.1.5", "10.244.1.6"];
+    let mut world = World::new();
+    let [one, two] = ["10.96.0.10", "10.96.0.20"].map(|cluster_ip| {
+        let service = world.add_service(&BACKENDS.map(|backend| (backend, 53, true)), Proto::UDP);
+        world.add_frontend(service, cluster_ip, 53, Proto::UDP, CLUSTER_IP);
+        world.fingerprints.insert(service, 1);
+        service
+    });
+    let connection = open(&world, tuple("10.244.1.50", 4000, "10.96.0.10", 53, Proto::UDP));
+    let other = open(&world, tuple("10.244.1.50", 4000, "10.96.0.20", 53, Proto::UDP));
+    // A change that leaves the backend where it is.
+    world.fingerprints.insert(one, 2);
+    send(&world, &connection, 0, 0);
+    send(&world, &connection, 0, 0);
+    // Now the first service loses it.
+    let (old, new) = if connection.plain.dst == addr(BACKENDS[0]) { (0, 1) } else { (1, 0) };
+    let survivor = world.slots[new];
+    world.slots[old] = survivor;
+    world.fingerprints.insert(one, 3);
+    let moved = dial(&world, connection.dialled).expect("the other backend");
+    assert_eq!(moved.plain.dst, addr(BACKENDS[new]));
+    send(&world, &other, 0, 0);
+    // And the second one its frontend.
+    world.frontends.values_mut().for_each(|frontend| frontend.service = one);
+    world.fingerprints.insert(two, 0);
+    let moved = dial(&world, other.dialled).expect("the other backend");
+    assert_eq!(moved.plain.dst, addr(BACKENDS[new]));
+}
+
+#[test]
 fn a_repeated_syn_keeps_its_backend_and_one_after_the_end_picks_anew() {
     let world = with_service(Proto::TCP);
     let dialled = tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP);
