@@ -145,6 +145,15 @@ impl<C> Tables for Env<C> {
     }
 
     #[inline(always)]
+    fn fingerprint(&self, service: u32) -> u32 {
+        match maps::services.get_ptr(service) {
+            // SAFETY: as in `range`.
+            Some(record) => unsafe { (&raw const (*record).fingerprint).read_volatile() },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
     fn slot(&self, position: u32) -> Option<Slot> {
         let slot = maps::slots.get_ptr(position)?;
         // SAFETY: a mapped element of the slot array, eight bytes, read by one load.

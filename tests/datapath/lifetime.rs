@@ -71,9 +71,13 @@ fn a_manifest_that_is_broken_while_the_agent_restarts_costs_its_service_nothing(
     assert_eq!(known(&node).len(), 3);
 
     node.manifests.write_text("web", &service("web", "10.96.0.11", &["10.244.1.1"], 8080));
-    wait::until("the mended file to count", || node.place.tcp(SocketAddr::new(Ipv4Addr::new(10, 96, 0, 11).into(), 80)).is_ok());
+    wait::until("the mended file to count", || {
+        node.place.tcp(SocketAddr::new(Ipv4Addr::new(10, 96, 0, 11).into(), 80)).is_ok()
+    });
     wait::until("the deleted one to go", || known(&node).len() == 2);
-    assert!(names_and_ids(&node).contains(before.iter().find(|(name, _)| name.contains("/web:")).expect("it was there")));
+    assert!(
+        names_and_ids(&node).contains(before.iter().find(|(name, _)| name.contains("/web:")).expect("it was there"))
+    );
     node.manifests.write_text("web", "kind: [");
     node.crash();
     node.manifests.delete("web");

@@ -83,7 +83,7 @@ impl Numbers {
             3 => Op::WriteSlots { base: self.below(32) as u32, slots: self.slots() },
             4 => {
                 let (cluster, local, affinity) = (self.range(), self.range(), self.below(3) as u32);
-                let record = ServiceRecord { cluster, local, affinity, reserved: 0 };
+                let record = ServiceRecord { cluster, local, affinity, fingerprint: self.below(3) as u32 };
                 Op::PublishService { id: service, record }
             }
             5 => Op::PutFrontend { at: self.frontend(), value: FrontendValue { service: service.0, flags: 1 } },

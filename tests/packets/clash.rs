@@ -125,3 +125,22 @@ fn errors_about_connections_with_another_port_find_it() {
         assert_eq!((error.quoted.src(), error.quoted.dst()), (client, backend));
     });
 }
+
+#[test]
+fn a_connection_opened_in_a_pods_name_leaves_the_pods_own_alone() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        for (port, forger) in (4000..).zip([Device::Pod(1), Device::Eth0]) {
+            let (pod, backend) = (world::pod(2).port(family, port), world::pod(1).port(family, world::TARGET));
+            // Another pod takes the ends that the pod's own connection to the backend has, by both ways.
+            for target in [Name::Local.cluster_ip().port(family, world::PORT), backend] {
+                let mut forged = lab.opening(Proto::Tcp, pod, target);
+                tcp(&mut forged).seq = 0xdead_beef;
+                forged.link = lab.link(forger);
+                lab.step(Hook::Ingress, forger, &forged).expect("it cannot be told");
+            }
+            let seen = lab.converse(Proto::Tcp, pod, backend);
+            assert_eq!(seen.dst(), backend);
+        }
+    }
+}

@@ -1,8 +1,9 @@
 //! Endpoints that come and go: connections keep theirs as long as it makes sense, new ones get those that there are.
 
+use shunt_tests::packet::flag;
 use shunt_tests::topology::Family;
 
-use crate::lab::{Lab, Proto, each};
+use crate::lab::{Lab, Proto, each, tcp};
 use crate::world::{self, Name};
 
 #[test]
@@ -83,4 +84,31 @@ fn a_service_that_lost_all_its_backends_refuses_what_is_new() {
         }
     });
     assert_eq!(lab.drops["no_endpoint"], 8);
+}
+
+#[test]
+fn forged_resets_and_beginnings_end_no_connection() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        for (client, name) in
+            [(world::outside(1), Name::Local), (world::outside(1), Name::Remote), (world::pod(2), Name::Mixed)]
+        {
+            let (client, frontend) = (client.port(family, 4000), name.cluster_ip().port(family, world::PORT));
+            let seen = lab.converse(Proto::Tcp, client, frontend);
+            for flags in [flag::RST, flag::SYN] {
+                let mut forged = lab.opening(Proto::Tcp, client, frontend);
+                tcp(&mut forged).flags = flags;
+                tcp(&mut forged).seq = 0xdead_beef;
+                let at_backend = lab.through(&forged).map(|packet| (packet.src(), packet.dst()));
+                assert_eq!(at_backend, Some((seen.src(), seen.dst())), "the backend judges it");
+            }
+            // Its challenge goes to the client, and the connection goes on.
+            let mut challenge = lab.following(Proto::Tcp, seen.dst(), seen.src());
+            tcp(&mut challenge).flags = flag::ACK;
+            let at_client = lab.through(&challenge).map(|packet| (packet.src(), packet.dst()));
+            assert_eq!(at_client, Some((frontend, client)));
+            let more = lab.confirming(Proto::Tcp, client, frontend);
+            assert_eq!(lab.through(&more).map(|packet| packet.src()), Some(seen.src()));
+        }
+    }
 }

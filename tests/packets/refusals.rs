@@ -1,11 +1,11 @@
 //! Refusals: who is answered, who is not, and which counter says so.
 
 use shunt_tests::nat::{Hook, check_answer};
-use shunt_tests::packet::{Body, Icmp, Ip, Packet, flag, proto};
+use shunt_tests::packet::{Body, Error, Icmp, Ip, Packet, flag, proto};
 use shunt_tests::topology::{Family, SERVICES};
 
 use crate::datapath::Outcome;
-use crate::lab::{Device, Lab, Proto, each, tcp};
+use crate::lab::{Device, Lab, Proto, each, tcp, too_big};
 use crate::world::{self, Name};
 
 #[test]
@@ -91,12 +91,23 @@ fn resets_and_errors_are_never_answered() {
         ] {
             let mut packet = lab.following(Proto::Tcp, client, frontend);
             tcp(&mut packet).flags = flags;
-            assert_eq!(
-                lab.peek(Hook::Ingress, Device::Pod(2), &packet),
-                crate::datapath::Outcome::Dropped,
-                "{packet:?}"
-            );
+            assert_eq!(lab.peek(Hook::Ingress, Device::Pod(2), &packet), Outcome::Dropped, "{packet:?}");
         }
+    }
+}
+
+#[test]
+fn a_reset_does_not_acknowledge_the_padding_of_a_short_frame() {
+    let lab = Lab::new();
+    for family in Family::ALL {
+        let frontend = Name::Empty.vip().port(family, world::PORT);
+        let opening = lab.opening(Proto::Tcp, world::outside(1).port(family, 4000), frontend);
+        // A SYN without options: 54 bytes with IPv4, where 60 is the least.
+        let padded = [opening.to_bytes(), vec![0; 6]].concat();
+        let Outcome::Answered(answer) = lab.run_bytes(Hook::Ingress, Device::Eth0, &padded) else {
+            panic!("it is refused");
+        };
+        check_answer(&opening, &answer).expect("a right answer");
     }
 }
 
@@ -139,6 +150,31 @@ fn other_protocols_are_refused_at_a_cluster_ip() {
             let packet = Packet { link: lab.link(Device::Pod(2)), ip: ip.clone(), body, part: None };
             assert_eq!(lab.through(&packet), None);
         }
+    }
+}
+
+#[test]
+fn errors_that_tell_no_ports_and_fragments_are_never_answered() {
+    let mut lab = Lab::new();
+    for family in Family::ALL {
+        let link = lab.link(Device::Pod(2));
+        let (pod, cluster_ip) = (world::pod(2).get(family), Name::Local.cluster_ip().get(family));
+        let echo = Icmp { kind: if family == Family::V4 { 8 } else { 128 }, code: 0, rest: 7, data: vec![1; 56] };
+        let there = Ip::new(pod, cluster_ip);
+        let packet = Packet { link: link.clone(), ip: there, body: Body::Icmp(echo.clone()), part: None };
+        // About an echo that the ClusterIP never sent, and about a segment, cut before its ports end.
+        let back = Packet { ip: Ip::new(cluster_ip, pod), ..packet.clone() };
+        let segment =
+            lab.following(Proto::Tcp, Name::Local.cluster_ip().port(family, 80), world::pod(2).port(family, 4000));
+        let cut = Error { quoted_bytes: segment.header_bytes() + 3, ..too_big(&segment) };
+        for error in [too_big(&back), cut] {
+            assert_eq!(lab.through(&Packet::error(link.clone(), pod, cluster_ip, error)), None);
+        }
+        for (from, to) in [(0, 24), (24, 10_000)] {
+            assert_eq!(lab.through(&packet.fragment(9, from, to)), None);
+        }
+        let other = Packet { body: Body::Other(132, vec![0; 40]), ..packet };
+        assert_eq!(lab.through(&other.fragment(10, 8, 10_000)), None);
     }
 }
 

@@ -96,17 +96,26 @@ fn a_source_that_the_cni_has_rewritten_is_left_alone() {
     let mut lab = Lab::new();
     each(|family, proto| {
         let (client, frontend) = (world::outside(1).port(family, 4000), Name::Remote.vip().port(family, world::PORT));
-        let opening = lab.opening(proto, client, frontend);
-        let inside = lab.step(Hook::Ingress, Device::Eth0, &opening).expect("it opens");
-        // Between the hooks, the node's own masquerade rule.
-        let masqueraded = inside.clone().with_src(world::node().port(family, 61_000));
-        assert_eq!(lab.step(Hook::Egress, Device::Eth0, &masqueraded), Some(masqueraded.clone()));
-        // The answer to it is the kernel's to translate back.
-        let answer = lab.answer(proto, &masqueraded);
-        assert_eq!(lab.step(Hook::Ingress, Device::Eth0, &answer), Some(answer.clone()));
-        let restored = Packet { link: lab.link(Device::Eth0), ..answer.with_dst(client) };
-        let out = lab.step(Hook::Egress, Device::Eth0, &restored).expect("it reaches the client");
-        assert_eq!((out.src(), out.dst()), (frontend, client));
+        // Between the hooks, the node's own masquerade rule: to any port, and to the one that we would have taken.
+        for (client, port) in [(client, 61_000), (world::outside(2).port(family, 4000), 4000)] {
+            let masqueraded = |packet: Packet| packet.with_src(world::node().port(family, port));
+            let opening = lab.opening(proto, client, frontend);
+            let following = lab.confirming(proto, client, frontend);
+            for (packet, is_first) in [(&opening, true), (&following, false), (&following, false)] {
+                let inside = lab.step(Hook::Ingress, Device::Eth0, packet).expect("it is the frontend's");
+                let outside = masqueraded(inside);
+                assert_eq!(lab.step(Hook::Egress, Device::Eth0, &outside), Some(outside.clone()));
+                // The answer to it is the kernel's to translate back.
+                let answer = match is_first {
+                    true => lab.answer(proto, &outside),
+                    false => lab.following(proto, outside.dst(), outside.src()),
+                };
+                assert_eq!(lab.step(Hook::Ingress, Device::Eth0, &answer), Some(answer.clone()));
+                let restored = Packet { link: lab.link(Device::Eth0), ..answer.with_dst(client) };
+                let out = lab.step(Hook::Egress, Device::Eth0, &restored).expect("it reaches the client");
+                assert_eq!((out.src(), out.dst()), (frontend, client));
+            }
+        }
     });
 }
 

@@ -71,7 +71,9 @@ impl Tables {
     fn write_sets(&mut self, maps: &MapFds, id: u32, service: &Service) {
         let cluster = self.set(maps, id, service.proto, &service.cluster);
         let local = self.set(maps, id, service.proto, &service.local);
-        let record = ServiceRecord { cluster: cluster.pack(), local: local.pack(), affinity: 0, reserved: 0 };
+        // Slots are never used again, so their positions tell the sets apart.
+        let fingerprint = self.slots;
+        let record = ServiceRecord { cluster: cluster.pack(), local: local.pack(), affinity: 0, fingerprint };
         put(maps, "services", &id, &record);
     }
 

@@ -96,8 +96,14 @@ fn internal_policy_local_without_a_local_endpoint_is_no_permission_matter() {
                 scope.spawn(move || {
                     let failure = socket.ask(from, to).expect_err(&case(from, socket, to));
                     assert!(!failure.kind().contains("EPERM"), "{}: {failure}", case(from, socket, to));
+                    assert!(!failure.kind().contains("ECONN"), "{}: {failure}", case(from, socket, to));
                 });
             }
         }
     });
+    let status: serde_json::Value =
+        serde_json::from_str(&rig.agent.shunt(["status", "-o", "json"])).expect("it is JSON");
+    let counted = |reason: &str| status["drops"][reason].as_u64();
+    assert!(counted("no_local_endpoint") > Some(0), "{status}");
+    assert_eq!(counted("host_unhooked"), Some(0), "the hooks have seen them: {status}");
 }

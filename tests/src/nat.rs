@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
-use crate::packet::{Body, Error, Packet, error, flag};
+use crate::packet::{Body, Error, Packet, error, flag, proto};
 
 /// An address prefix.
 #[derive(Clone, Copy, Debug)]
@@ -151,10 +151,10 @@ struct Connection {
     end: End,
     /// By which device the client's packets come.
     device: u32,
+    /// Of the client's last SYN.
+    syn: Option<u32>,
     /// Not through a frontend: to a backend, with a port that another connection has.
     is_direct: bool,
-    /// TCP: the sequence number of the SYN.
-    syn: u32,
     /// The backend has answered, as it answers to this very beginning.
     is_answered: bool,
     /// The backend has answered as one that knows these ends from another connection.
@@ -168,12 +168,28 @@ struct Connection {
 struct End {
     fin_by_client: bool,
     fin_by_backend: bool,
-    is_reset: bool,
+    /// By a packet of the client's address: perhaps not its own.
+    reset_by_client: bool,
+    reset_by_backend: bool,
 }
 
 impl End {
     fn is_over(self) -> bool {
-        self.is_reset || self.fin_by_client && self.fin_by_backend
+        self.reset_by_backend || self.fin_by_client && self.fin_by_backend
+    }
+
+    fn note(&mut self, flags: u8, is_by_client: bool) {
+        let has = |flag: u8| flags & flag != 0;
+        match (has(flag::RST), is_by_client) {
+            (true, true) => self.reset_by_client = true,
+            (true, false) => self.reset_by_backend = true,
+            (false, true) => self.reset_by_client &= has(flag::SYN),
+            // The backend, which alone can tell, opens anew.
+            (false, false) if self.reset_by_client && has(flag::SYN) => *self = Self::default(),
+            (false, false) => (self.reset_by_client, self.reset_by_backend) = (false, false),
+        }
+        self.fin_by_client |= has(flag::FIN) && is_by_client;
+        self.fin_by_backend |= has(flag::FIN) && !is_by_client;
     }
 }
 
@@ -189,8 +205,8 @@ impl Connection {
             wants_nat,
             end: End::default(),
             device: spot.device,
+            syn: syn_of(packet),
             is_direct: false,
-            syn: if let Body::Tcp(tcp) = &packet.body { tcp.seq } else { 0 },
             is_answered: false,
             is_clash: false,
             is_told: false,
@@ -218,7 +234,8 @@ impl Connection {
         let Body::Tcp(tcp) = &packet.body else { return Word::Ours };
         let has = |flag: u8| tcp.flags & flag != 0;
         // An answer acknowledges the SYN (RFC 9293), and perhaps what came with it.
-        let acknowledges = has(flag::ACK) && tcp.ack.wrapping_sub(self.syn.wrapping_add(1)) < 1 << 14;
+        let acknowledges =
+            has(flag::ACK) && tcp.ack.wrapping_sub(self.syn.unwrap_or_default().wrapping_add(1)) < 1 << 14;
         if self.is_answered || acknowledges && (has(flag::SYN) || has(flag::RST)) {
             return Word::Ours;
         }
@@ -301,7 +318,10 @@ impl Nat {
         match &packet.body {
             Body::Tcp(_) | Body::Udp(_) => self.transport(spot, packet, got),
             Body::Error(error) => self.error(spot.hook, packet, error),
-            // Services have TCP and UDP ports alone.
+            // Services have TCP and UDP ports alone. Fragments are never answered.
+            Body::Icmp(_) | Body::Other(..) if self.is_cluster_ip(packet.ip.dst) && packet.part.is_some() => {
+                Expected::Drop
+            }
             Body::Icmp(_) | Body::Other(..) if self.is_cluster_ip(packet.ip.dst) => Expected::Reject,
             Body::Icmp(_) | Body::Other(..) => Expected::Same,
         }
@@ -340,18 +360,22 @@ impl Nat {
         }
         let is_clash = self.forget_if_new(packet);
         if let Some(connection) = self.note_end(packet, true, |connection| connection.is_to_frontend(proto, src, dst)) {
+            if !connection.is_direct || connection.device == spot.device {
+                // What the client says to the answer that was another connection's.
+                if connection.is_clash {
+                    return Expected::Drop;
+                }
+                return self.to_backend(spot, packet, &connection);
+            }
             // A direct connection's ends are those of another's translated packets, met again at another device.
-            if connection.is_direct && connection.device != spot.device {
+            if !opens(packet) {
                 return Expected::Same;
             }
-            // What the client says to the answer that was another connection's.
-            if connection.is_clash {
-                return Expected::Drop;
-            }
-            return self.to_backend(spot, packet, &connection);
         }
         if let Some(other) = self.find(|connection| connection.is_plain_forward(proto, src, dst)) {
-            let is_direct = begins(packet) && other.device == spot.device && !other.end.is_over();
+            // The other's own SYN may be met again at another device.
+            let is_another = other.device == spot.device || opens(packet) && other.syn != syn_of(packet);
+            let is_direct = begins(packet) && is_another && !other.end.is_over();
             return if is_direct { self.open_direct(spot, packet, got) } else { Expected::Same };
         }
         match self.frontend(proto, dst) {
@@ -383,13 +407,24 @@ impl Nat {
                 return true;
             }
             is_clash |= connection.is_clash;
-            let is_gone = !connection.is_direct && !self.is_listed(proto, connection.backend);
-            let is_other =
-                matches!(&packet.body, Body::Tcp(tcp) if !connection.is_answered && tcp.seq != connection.syn);
+            let is_gone = !connection.is_direct && !self.is_there(connection);
+            let is_other = !connection.is_answered && syn_of(packet) != connection.syn;
             !(is_gone || opens(packet) && (connection.end.is_over() || connection.is_clash || is_other))
         });
         self.connections = connections;
         is_clash
+    }
+
+    /// True if a connection's backend may get more of it: a datagram, if the client would get it anew; a SYN, if any
+    /// service has it.
+    fn is_there(&self, connection: &Connection) -> bool {
+        if connection.proto == proto::TCP {
+            return self.is_listed(connection.proto, connection.backend);
+        }
+        let Some((service, frontend)) = self.frontend(connection.proto, connection.frontend) else { return false };
+        let is_inside = self.is_inside(connection.client.ip());
+        let is_local = if is_inside { frontend.is_local_inside } else { frontend.is_local_outside };
+        matches!(if is_local { &service.local } else { &service.cluster }, Set::Of(all) if all.contains(&connection.backend))
     }
 
     fn is_listed(&self, proto: u8, backend: Backend) -> bool {
@@ -405,6 +440,7 @@ impl Nat {
         let backend = Backend { addr: packet.dst(), is_local: false };
         self.check_seen_port(packet.proto(), packet.src(), seen_client, backend, true);
         let connection = Connection { is_direct: true, ..Connection::new(spot, packet, backend, seen_client, false) };
+        self.connections.retain(|other| !other.is_to_frontend(packet.proto(), packet.src(), packet.dst()));
         self.connections.push(connection);
         self.to_backend(spot, packet, &connection)
     }
@@ -528,8 +564,8 @@ impl Nat {
         let quoted = &error.quoted;
         let (proto, src, dst) = (quoted.proto(), quoted.src(), quoted.dst());
         let has_ports = quoted.ports().is_some() && quoted.part.is_none_or(|part| part.from == 0);
-        if !has_ports || error.quoted_bytes < quoted.header_bytes() + 8 {
-            return Expected::Same;
+        if !has_ports || error.quoted_bytes < quoted.header_bytes() + 4 {
+            return if self.is_cluster_ip(packet.ip.dst) { Expected::Drop } else { Expected::Same };
         }
         let found = match hook {
             // From beyond a backend, about a packet that left with our source; or from a client, about an answer.
@@ -577,10 +613,8 @@ impl Nat {
     ) -> Option<Connection> {
         let connection = self.connections.iter_mut().find(|connection| is_it(connection))?;
         if let Body::Tcp(tcp) = &packet.body {
-            let (end, is_fin) = (&mut connection.end, tcp.flags & flag::FIN != 0);
-            end.is_reset |= tcp.flags & flag::RST != 0;
-            end.fin_by_client |= is_fin && is_by_client;
-            end.fin_by_backend |= is_fin && !is_by_client;
+            connection.end.note(tcp.flags, is_by_client);
+            connection.syn = if is_by_client { syn_of(packet).or(connection.syn) } else { connection.syn };
         }
         Some(*connection)
     }
@@ -646,6 +680,14 @@ impl Nat {
 /// True for the segment that begins a connection.
 fn opens(packet: &Packet) -> bool {
     matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & (flag::SYN | flag::ACK) == flag::SYN)
+}
+
+/// The sequence number with which a packet begins a connection.
+fn syn_of(packet: &Packet) -> Option<u32> {
+    match &packet.body {
+        Body::Tcp(tcp) if opens(packet) => Some(tcp.seq),
+        _ => None,
+    }
 }
 
 /// True for a packet that may begin a connection.

@@ -55,6 +55,18 @@ fn a_removed_endpoint_loses_datagrams_at_once_over_flannel() {
     datagrams_move_and_connections_stay(&rig, &rig.cluster.client.place, Frontend::NodePort);
 }
 
+/// The endpoint is there all the while, for another service.
+#[test]
+fn an_endpoint_that_its_service_dropped_loses_datagrams_at_once_while_another_service_has_it() {
+    const OTHER: Offer = Offer::new(2, "other");
+    let rig = Rig::build(Plan { nodes: 2, ..Plan::default().strict() });
+    rig.cluster.route_vips(rig.node(0));
+    rig.apply(&[&OTHER.service().endpoints([&rig.node(0).pods[0], &rig.node(1).pods[0]])]);
+    datagrams_move_and_connections_stay(&rig, &rig.node(0).pods[1].place.unhooked(), Frontend::ClusterIp);
+    datagrams_move_and_connections_stay(&rig, &rig.cluster.client.place, Frontend::NodePort);
+    datagrams_move_and_connections_stay(&rig, &rig.cluster.client.place, Frontend::External);
+}
+
 /// The addresses of a service go, and what goes through them stays.
 #[test]
 fn a_deleted_service_keeps_its_connections_and_takes_no_more() {

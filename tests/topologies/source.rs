@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde_json::json;
 use shunt_tests::manifests::Service;
-use shunt_tests::topology::{Addrs, Family, Plan};
+use shunt_tests::topology::{Addrs, CLUSTER, Family, Plan};
 
 use crate::refusal::assert_dropped;
 use crate::rig::{Frontend, Offer, Proto, Rig};
@@ -94,7 +94,26 @@ fn rewritten_sources_are_the_nodes_with_reserved_ports() {
 /// A port that the kernel gives to nobody stays the client's own, for protocols that look at it.
 #[test]
 fn a_low_source_port_is_kept_behind_a_rewritten_source() {
-    let rig = rig(Plan { nodes: 2, ..Plan::default() });
+    expect_low_port_kept(&rig(Plan { nodes: 2, ..Plan::default() }));
+}
+
+/// A masquerade may keep the port that Shunt would keep: the replies are the kernel's all the same, and never invalid to it.
+#[test]
+fn a_low_source_port_is_kept_behind_a_masquerade_that_keeps_it() {
+    let rig = rig(Plan { masquerades: false, ..Plan::flannel(2) });
+    let (v4, v6) = (CLUSTER.v4(), CLUSTER.v6());
+    rig.node(0).place.ns().nft(&format!(
+        "table inet cni {{
+            chain postrouting {{ type nat hook postrouting priority srcnat;
+                ip saddr != {v4} ip daddr {v4} masquerade
+                ip6 saddr != {v6} ip6 daddr {v6} masquerade
+            }}
+        }}\n"
+    ));
+    expect_low_port_kept(&rig);
+}
+
+fn expect_low_port_kept(rig: &Rig) {
     rig.apply(&[&FAR.to(&rig.node(1).pods[0])]);
     let client = &rig.cluster.client;
     for family in Family::ALL {
@@ -102,7 +121,7 @@ fn a_low_source_port_is_kept_behind_a_rewritten_source() {
         let bind: SocketAddr = client.addrs.port(family, 700);
         let once = shunt_tests::probe::TcpOnce { to, bind: Some(bind), mapped: false };
         let answer = client.place.tcp_with(once).expect("it is served");
-        assert!(node_sources(&rig, family).contains(&answer.seen_client.ip()), "{answer:?}");
+        assert!(node_sources(rig, family).contains(&answer.seen_client.ip()), "{answer:?}");
         assert_eq!(answer.seen_client.port(), 700);
     }
 }

@@ -42,7 +42,8 @@ abi! {
     /// Value of a flow entry. Fields that packets change are the first two; the others are fixed when it is made.
     pub struct FlowValue [80] {
         /// Seconds of the last packet (high half), state bits (low half); of the plain entry. See [`crate::lb::flow::Hot`].
-        /// front: seconds of the last question for `mac`. snat: when it was made, see [`crate::lb::flow::Nanos`].
+        /// front: seconds of the last question for `mac`. snat, while pending: when it was made, and whether it is in use; see
+        /// [`crate::lb::flow::Hold`].
         pub hot: u64,
         /// Proof of the return path, of the plain entry; of the others, what it was at first. See [`crate::lb::flow::Proof`].
         pub proof: u64,
@@ -66,8 +67,9 @@ abi! {
         pub ifindex: u32,
         /// See the flags of this type.
         pub flags: u32,
-        /// Zero.
-        pub reserved: u32,
+        /// plain, TCP: the sequence number of the client's last SYN, wire order. front, UDP: the service's fingerprint when the
+        /// backend was last known to be in its set. Packets that change it are rare.
+        pub stamp: u32,
     }
 }
 
@@ -146,6 +148,20 @@ impl<'a> FlowRef<'a> {
     pub fn set_mac(&self, mac: [u16; 3]) {
         // SAFETY: valid by `new`.
         unsafe { (&raw mut (*self.entry).mac).write_volatile(mac) }
+    }
+
+    /// See the field.
+    #[inline(always)]
+    pub fn stamp(&self) -> u32 {
+        // SAFETY: valid by `new`; aligned, four bytes, one load.
+        unsafe { (&raw const (*self.entry).stamp).read_volatile() }
+    }
+
+    /// Replaces it.
+    #[inline(always)]
+    pub fn set_stamp(&self, stamp: u32) {
+        // SAFETY: as in `stamp`.
+        unsafe { (&raw mut (*self.entry).stamp).write_volatile(stamp) }
     }
 
     /// The whole entry, to copy it elsewhere.

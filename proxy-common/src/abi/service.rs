@@ -11,8 +11,8 @@ abi! {
         pub local: u64,
         /// Session affinity timeout in seconds; 0: none.
         pub affinity: u32,
-        /// Zero.
-        pub reserved: u32,
+        /// Tells one membership of the two sets from another: written after them, so that who meets a new one meets new sets.
+        pub fingerprint: u32,
     }
 }
 

@@ -33,6 +33,34 @@ impl Seconds {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Nanos(pub u64);
 
+/// The changing word of a pending snat entry: how long its port has been held, and whether it is in use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hold(pub u64);
+
+impl Hold {
+    /// A packet of the client has left by it. Unless that is so, what comes to the port is no reply to us: the node's own
+    /// masquerade may use the same one. (The bit is below the resolution of any clock tick.)
+    const LEFT: u64 = 1;
+
+    /// Taken just now.
+    #[inline(always)]
+    pub const fn claimed(now: Nanos) -> Self {
+        Self(now.0 & !Self::LEFT)
+    }
+
+    /// The same, in use.
+    #[inline(always)]
+    pub const fn left(self) -> Self {
+        Self(self.0 | Self::LEFT)
+    }
+
+    /// True if it is in use.
+    #[inline(always)]
+    pub const fn has_left(self) -> bool {
+        self.0 & Self::LEFT != 0
+    }
+}
+
 /// The changing word of a plain entry: when a packet was last seen, and how far the connection has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Hot {
@@ -47,14 +75,19 @@ impl Hot {
     pub const FIN_CLIENT: u32 = 1;
     /// The backend has sent its FIN.
     pub const FIN_BACKEND: u32 = 1 << 1;
-    /// Either side has sent RST.
-    pub const RESET: u32 = 1 << 2;
+    /// The backend has sent RST, and nothing since.
+    pub const RESET_BACKEND: u32 = 1 << 2;
     /// The flow has been promoted: its return path is proven.
     pub const ESTABLISHED: u32 = 1 << 3;
     /// TCP: the backend has said something else than the answer to the SYN: the tuple belongs to another connection.
     pub const CLASH: u32 = 1 << 4;
     /// TCP: the client has seen such an answer, and sends its SYN again (or not, but is not to see another).
     pub const TOLD: u32 = 1 << 5;
+    /// The client has sent RST, and neither side anything since. Anybody can send that in the client's name; only the
+    /// backend knows whether its sequence number is right (RFC 5961 section 3), so the connection may live on.
+    pub const RESET_CLIENT: u32 = 1 << 6;
+    /// A packet of the client has left with the source that we rewrote. See [`Hold::has_left`].
+    pub const LEFT: u32 = 1 << 7;
 
     /// From the stored word.
     #[inline(always)]
@@ -68,10 +101,12 @@ impl Hot {
         (self.seen.0 as u64) << 32 | self.state as u64
     }
 
-    /// True once the connection is over: reset, or FIN from both sides. A new SYN starts a new flow then.
+    /// True once the connection is over: reset by the backend, or FIN from both sides. A new SYN starts a new flow then; on
+    /// one that only the client has reset, it follows this flow to the backend, which knows.
     #[inline(always)]
     pub const fn is_finished(self) -> bool {
-        self.state & Self::RESET != 0 || self.state & Self::FIN_CLIENT != 0 && self.state & Self::FIN_BACKEND != 0
+        self.state & Self::RESET_BACKEND != 0
+            || self.state & Self::FIN_CLIENT != 0 && self.state & Self::FIN_BACKEND != 0
     }
 
     /// The state after a packet with these control bits.
@@ -80,7 +115,15 @@ impl Hot {
     pub const fn after(self, now: Seconds, tcp_flags: u8, from_client: bool) -> Self {
         let mut state = self.state;
         if tcp_flags & tcp::RST != 0 {
-            state |= Self::RESET;
+            state |= if from_client { Self::RESET_CLIENT } else { Self::RESET_BACKEND };
+        } else if !from_client {
+            // The backend has believed the client's reset if it says SYN-ACK now, and not if it says anything else.
+            if state & Self::RESET_CLIENT != 0 && tcp_flags & tcp::SYN != 0 {
+                state &= !(Self::FIN_CLIENT | Self::FIN_BACKEND);
+            }
+            state &= !(Self::RESET_CLIENT | Self::RESET_BACKEND);
+        } else if tcp_flags & tcp::SYN == 0 {
+            state &= !Self::RESET_CLIENT;
         }
         if tcp_flags & tcp::FIN != 0 {
             state |= if from_client { Self::FIN_CLIENT } else { Self::FIN_BACKEND };
@@ -154,6 +197,9 @@ pub mod lifetime {
     pub const TCP_HALF_CLOSED: u32 = 3600;
     /// As long as Linux keeps TIME_WAIT: a source port is not used anew towards a backend that still remembers it.
     pub const TCP_FINISHED: u32 = 60;
+    /// After a reset in the client's name: if it was forged, the connection survives it unless it is silent for longer than
+    /// usual keepalives are apart.
+    pub const TCP_RESET: u32 = 300;
     /// The kernel's SYN_RECV is 60, SYN_SENT 120.
     pub const TCP_OPENING: u32 = 55;
     /// The kernel: 120 once answered.
@@ -172,6 +218,8 @@ pub const fn keep(proto: Proto, hot: Hot) -> u32 {
         lifetime::TCP_FINISHED
     } else if !established {
         lifetime::TCP_OPENING
+    } else if hot.state & Hot::RESET_CLIENT != 0 {
+        lifetime::TCP_RESET
     } else if hot.state & (Hot::FIN_CLIENT | Hot::FIN_BACKEND) != 0 {
         lifetime::TCP_HALF_CLOSED
     } else {
@@ -193,12 +241,28 @@ mod tests {
     const OPEN: Hot = Hot { seen: Seconds(100), state: Hot::ESTABLISHED };
 
     #[test]
-    fn fin_from_both_sides_or_a_reset_finishes_a_flow() {
+    fn fin_from_both_sides_or_a_reset_by_the_backend_finishes_a_flow() {
         let half = OPEN.after(Seconds(101), tcp::FIN | tcp::ACK, true);
         assert!(!half.is_finished());
         assert!(!half.after(Seconds(102), tcp::FIN, true).is_finished(), "a repeated FIN is no answer");
         assert!(half.after(Seconds(102), tcp::FIN | tcp::ACK, false).is_finished());
-        assert!(OPEN.after(Seconds(101), tcp::RST, false).is_finished());
+        let reset = OPEN.after(Seconds(101), tcp::RST, false);
+        assert!(reset.is_finished());
+        assert!(reset.after(Seconds(102), tcp::ACK, true).is_finished(), "it may have been under way");
+        assert!(!reset.after(Seconds(102), tcp::ACK, false).is_finished(), "it was not the backend's");
+    }
+
+    #[test]
+    fn a_reset_in_the_clients_name_is_believed_when_the_backend_does() {
+        let reset = OPEN.after(Seconds(101), tcp::FIN | tcp::ACK, true).after(Seconds(101), tcp::RST, true);
+        assert!(!reset.is_finished());
+        for from_client in [false, true] {
+            let state = reset.after(Seconds(101), tcp::ACK, from_client).state;
+            assert_eq!(state, Hot::ESTABLISHED | Hot::FIN_CLIENT, "the connection lives");
+        }
+        let again = reset.after(Seconds(101), tcp::SYN, true);
+        assert_eq!(again.state, reset.state, "the backend has not answered yet");
+        assert_eq!(again.after(Seconds(101), tcp::SYN | tcp::ACK, false).state, Hot::ESTABLISHED, "a new connection");
     }
 
     #[test]
@@ -207,9 +271,12 @@ mod tests {
         assert!(!is_expired(Proto::TCP, OPEN, at(lifetime::TCP_ESTABLISHED)));
         assert!(is_expired(Proto::TCP, OPEN, at(lifetime::TCP_ESTABLISHED + 2)));
         assert!(is_expired(Proto::UDP, OPEN, at(lifetime::UDP_ANSWERED + 2)));
-        let finished = OPEN.after(Seconds(100), tcp::RST, true);
+        let finished = OPEN.after(Seconds(100), tcp::RST, false);
         assert!(!is_expired(Proto::TCP, finished, at(lifetime::TCP_FINISHED)));
         assert!(is_expired(Proto::TCP, finished, at(lifetime::TCP_FINISHED + 2)));
+        let reset = OPEN.after(Seconds(100), tcp::RST, true);
+        assert!(!is_expired(Proto::TCP, reset, at(lifetime::TCP_RESET)));
+        assert!(is_expired(Proto::TCP, reset, at(lifetime::TCP_RESET + 2)));
     }
 
     #[test]
@@ -236,7 +303,7 @@ mod tests {
 
     #[test]
     fn words_survive_packing() {
-        let hot = Hot { seen: Seconds(0xdead_beef), state: Hot::RESET | Hot::ESTABLISHED };
+        let hot = Hot { seen: Seconds(0xdead_beef), state: Hot::RESET_CLIENT | Hot::ESTABLISHED };
         assert_eq!(Hot::unpack(hot.pack()), hot);
     }
 }

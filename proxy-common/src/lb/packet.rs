@@ -16,7 +16,7 @@ use crate::abi::flow::{FlowKey, FlowRef, FlowValue};
 use crate::abi::fragment::{FragmentKey, FragmentValue};
 use crate::abi::frontend::FrontendValue;
 use crate::addr::{Addr, Be16, Port, Proto};
-use crate::lb::flow::{self, Hot, Proof};
+use crate::lb::flow::{self, Hold, Hot, Proof};
 use crate::lb::pick::{self, Client, Frontend, Pick};
 use crate::lb::select;
 use crate::lb::tuple::Tuple;
@@ -90,7 +90,9 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
         if let Some(flow) = flows.established(&key) {
             return Some(Verdict::Rewrite(to_peer(flow)));
         }
-        if let Some(flow) = flows.pending(&key) {
+        if let Some(flow) = flows.pending(&key)
+            && Hold(flow.hot()).has_left()
+        {
             return if is_answer(packet, flow) { Some(Verdict::Rewrite(to_peer(flow))) } else { None };
         }
     }
@@ -100,7 +102,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
             return Some(PASS);
         }
         let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN || !is_tcp;
-        return if opens && clashing(flows, tuple).is_some() { None } else { Some(PASS) };
+        return if opens && clashing(flows, packet).is_some() { None } else { Some(PASS) };
     }
     if packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
         return None;
@@ -113,7 +115,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
         return Some(PASS);
     }
-    if wants_mac || !is_tcp && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite) {
+    if wants_mac || !is_tcp && !direct && !may_go_on(flows, front, &rewrite) {
         return None;
     }
     Some(Verdict::Rewrite(rewrite))
@@ -235,7 +237,10 @@ pub fn ingress_flow<F: Flows>(flows: &F, packet: &mut Parsed) -> Step {
                 if packet.kind == Kind::Echo { DropReason::UnknownPort } else { DropReason::UnsupportedProtocol };
             Step::Done(Verdict::Refuse(reason, Refusal::Reject))
         }
-        Kind::Echo | Kind::Other => Step::Done(PASS),
+        Kind::Unanswerable if class.has(AddressClass::CLUSTER_IP) => {
+            Step::Done(Verdict::Refuse(DropReason::UnsupportedProtocol, Refusal::Drop))
+        }
+        Kind::Echo | Kind::Other | Kind::Unanswerable => Step::Done(PASS),
     }
 }
 
@@ -331,9 +336,15 @@ fn is_settling<F: Flows>(flows: &F) -> bool {
     flows.config().is_some_and(|config| config.is_settling(flows.now()))
 }
 
+/// The snat entry of a packet that may be a reply.
 #[inline(never)]
 fn snat_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>> {
-    find(flows, &packet.tuple.snat_key())
+    let key = packet.tuple.snat_key();
+    if let Some(flow) = flows.established(&key) {
+        return Some(flow);
+    }
+    let flow = flows.pending(&key)?;
+    if Hold(flow.hot()).has_left() { Some(flow) } else { None }
 }
 
 /// True for what a backend may send first; for TCP, what it says to the SYN that `pending` (a plain or snat entry) was
@@ -341,7 +352,7 @@ fn snat_entry<'a, F: Flows>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>
 #[inline(always)]
 fn is_answer(packet: &Parsed, pending: FlowRef<'_>) -> bool {
     packet.tuple.proto != Proto::TCP
-        // One test instead of two, which halves what the verifier has to go through (Linux 6.18).
+        // One test: for two, LLVM 22 keeps a value across a look-up that the verifier calls unreadable (Linux 6.18).
         || ANSWERS >> (packet.tcp_flags & (tcp::SYN | tcp::RST | tcp::ACK)) & 1 != 0
             && Proof(pending.proof()).is_answered_by(packet.acknowledgment)
 }
@@ -433,9 +444,12 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
     let closes = is_tcp && packet.tcp_flags & (tcp::FIN | tcp::RST) != 0;
     let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
-        return Known::Other;
+        return if opens { Known::Nothing } else { Known::Other };
     }
-    let gone = (opens || !is_tcp) && !direct && !is_same_backend(flows, front.fixed(|value| value.backend), &rewrite);
+    let gone = (opens || !is_tcp)
+        && !direct
+        && (!is_same_backend(flows, front.fixed(|value| value.backend), &rewrite)
+            || !is_tcp && !is_in_set(flows, &packet.tuple, front));
     if opens || closes || !established || gone {
         let Some(plain) = plain_entry(flows, packet, &rewrite) else {
             if is_settling(flows) {
@@ -461,12 +475,59 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
         if after != hot {
             plain.set_hot(after.pack());
         }
+        if opens && plain.stamp() != packet.sequence {
+            plain.set_stamp(packet.sequence);
+        }
+        if !established
+            && front.fixed(|value| value.has(FlowValue::SNAT))
+            && !restore_snat(flows, packet, &rewrite, front, plain)
+        {
+            remove_beginning(flows, packet, &rewrite);
+            return Known::Nothing;
+        }
         if !established && is_proven(packet, plain) {
             promote(flows, packet, &rewrite, front, plain);
         }
     }
     rewrite.mac = bridge_mac(flows, packet, front, &rewrite);
     Known::Rewrite(rewrite)
+}
+
+/// Sees to it that a pending flow has its snat entry, which the LRU may have taken. False if another flow has that place now.
+#[inline(never)]
+fn restore_snat<F: Flows>(
+    flows: &F,
+    packet: &Parsed,
+    rewrite: &Rewrite,
+    front: FlowRef<'_>,
+    plain: FlowRef<'_>,
+) -> bool {
+    let key = snat_tuple(packet, rewrite, front).snat_key();
+    let sport = if rewrite.other_port.is_zero() { packet.tuple.sport } else { rewrite.other_port };
+    if let Some(entry) = find(flows, &key) {
+        return leads_to(entry, &packet.tuple.src, sport);
+    }
+    let Some(value) = flows.draft() else { return true };
+    front.with(|front| *value = *front);
+    let claimed = Hold::claimed(flows.nanos());
+    value.hot = if has_left(plain) { claimed.left().0 } else { claimed.0 };
+    value.peer = packet.tuple.src;
+    value.peer_port = sport;
+    value.alias_port = Be16::ZERO;
+    flows.insert_pending(&key, value, true)
+}
+
+/// True if a snat entry is that of a client's flow.
+#[inline(always)]
+fn leads_to(snat: FlowRef<'_>, client: &Addr, port: Be16) -> bool {
+    snat.fixed(|value| value.peer == *client && value.peer_port == port)
+}
+
+/// Removes the front and plain entries of a pending flow.
+#[inline(never)]
+fn remove_beginning<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite) {
+    flows.remove_pending(&packet.tuple.front_key());
+    flows.remove_pending(&plain_tuple(&packet.tuple, rewrite).plain_key().0);
 }
 
 #[inline(never)]
@@ -480,6 +541,42 @@ fn is_same_backend<T: Tables>(flows: &T, id: u32, rewrite: &Rewrite) -> bool {
     match flows.backend(id) {
         Some(backend) => backend.is_live() && backend.addr == rewrite.addr && backend.port == rewrite.port,
         None => false,
+    }
+}
+
+/// True if a datagram follows its flow without more ado: the backend is there, and the sets of its service are as they were.
+#[inline(always)]
+fn may_go_on<F: Lookups>(flows: &F, front: FlowRef<'_>, rewrite: &Rewrite) -> bool {
+    front.stamp() == flows.fingerprint(rewrite.service)
+        && is_same_backend(flows, front.fixed(|value| value.backend), rewrite)
+}
+
+/// True if the backend of a datagram's flow is still in the set that its client gets; other services may have it too. Looked
+/// up only when the service's sets have changed.
+#[inline(never)]
+fn is_in_set<F: Flows>(flows: &F, tuple: &Tuple, front: FlowRef<'_>) -> bool {
+    let fingerprint = flows.fingerprint(front.fixed(|value| value.service));
+    if front.stamp() == fingerprint {
+        return true;
+    }
+    let is_listed = is_listed(flows, tuple, front);
+    if is_listed {
+        front.set_stamp(fingerprint);
+    }
+    is_listed
+}
+
+#[inline(never)]
+fn is_listed<F: Flows>(flows: &F, tuple: &Tuple, front: FlowRef<'_>) -> bool {
+    let (class, ports) = (flows.address(&tuple.dst), flows.port_use(tuple.dport.host()));
+    let found = pick::find_frontend(flows, class, ports, &tuple.dst, tuple.dport, tuple.proto);
+    let Some(frontend) = found else { return false };
+    match pick::set_for(flows, frontend.value, is_inside(flows, tuple)) {
+        Ok(range) => {
+            frontend.value.service == front.fixed(|value| value.service)
+                && flows.range_contains(range, front.fixed(|value| value.backend))
+        }
+        Err(_) => false,
     }
 }
 
@@ -542,8 +639,14 @@ fn promote_plain<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, plain:
 #[inline(never)]
 fn promote_snat<F: Flows>(flows: &F, packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) -> bool {
     let key = snat_tuple(packet, rewrite, front).snat_key();
+    // Just looked after by `restore_snat`.
     match flows.pending(&key) {
-        Some(entry) => flows.establish(&key, entry),
+        Some(entry) if Hold(entry.hot()).has_left() => flows.establish(&key, entry),
+        // The CNI rewrites the source of this flow.
+        Some(_) => {
+            flows.remove_pending(&key);
+            true
+        }
         None => false,
     }
 }
@@ -578,17 +681,11 @@ fn snat_tuple(packet: &Parsed, rewrite: &Rewrite, front: FlowRef<'_>) -> Tuple {
 #[inline(never)]
 fn remove_flow<F: Flows>(flows: &F, tuple: &Tuple, rewrite: &Rewrite, plain: FlowRef<'_>) {
     flows.remove(&tuple.front_key());
+    let forward = plain_tuple(tuple, rewrite);
     if plain.fixed(|value| value.has(FlowValue::SNAT)) {
-        let nat = Tuple {
-            src: rewrite.addr,
-            dst: plain.fixed(|value| value.nat),
-            sport: rewrite.port,
-            dport: plain.fixed(|value| value.nat_port),
-            proto: tuple.proto,
-        };
-        flows.remove(&nat.snat_key());
+        forget_snat(flows, &forward, true, plain);
     }
-    flows.remove(&plain_tuple(tuple, rewrite).plain_key().0);
+    flows.remove(&forward.plain_key().0);
 }
 
 /// How long the MAC address of a backend on the client's bridge is believed, in [`Seconds`]: then the kernel is asked again,
@@ -726,6 +823,8 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
     let tuple = &packet.tuple;
     let service = frontend.value.service;
     let client = client_of(flows, tuple, service);
+    // Read before the sets: if they change meanwhile, they are looked at again.
+    let fingerprint = flows.fingerprint(service);
     let pick = match pick::pick(flows, frontend.value, &client, flows.now()) {
         Ok(pick) => pick,
         Err((reason, refusal)) => {
@@ -742,17 +841,20 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
         }
         flags |= FlowValue::SNAT;
     }
-    Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, nat, flags })
+    Ok(Target { addr: pick.backend.addr, port: pick.backend.port, id: pick.id, service, fingerprint, nat, flags })
 }
 
-/// The translated flow from the same device that has this very tuple. (The other way round the packet would be a reply; met
-/// again at another device, the translated packet itself.)
+/// The translated flow that has this very tuple. (The other way round the packet would be a reply; met again at another
+/// device, the translated packet itself. A SYN of another connection is told from that by its sequence number: somebody may
+/// have opened the flow in the sender's name, by a device of his own.)
 #[inline(always)]
-fn clashing<'a, F: Lookups>(flows: &'a F, tuple: &Tuple) -> Option<FlowRef<'a>> {
-    let (key, src_first) = tuple.plain_key();
+fn clashing<'a, F: Lookups>(flows: &'a F, packet: &Parsed) -> Option<FlowRef<'a>> {
+    let (key, src_first) = packet.tuple.plain_key();
     let plain = find(flows, &key)?;
-    let clashes = plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first
-        && plain.fixed(|value| value.ifindex) == flows.ifindex()
+    let is_another = plain.fixed(|value| value.ifindex) == flows.ifindex()
+        || packet.tcp_flags & tcp::SYN != 0 && plain.stamp() != packet.sequence;
+    let clashes = is_another
+        && plain.fixed(|value| value.has(FlowValue::CLIENT_IS_A)) == src_first
         && !plain.fixed(|value| value.has(FlowValue::DIRECT));
     if clashes { Some(plain) } else { None }
 }
@@ -769,15 +871,15 @@ enum Clash {
 }
 
 #[inline(never)]
-fn clash_of<F: Flows>(flows: &F, tuple: &Tuple) -> Clash {
-    match clashing(flows, tuple) {
+fn clash_of<F: Flows>(flows: &F, packet: &Parsed) -> Clash {
+    match clashing(flows, packet) {
         None => Clash::None,
-        Some(other) if is_over(flows, tuple.proto, other) => Clash::Over,
+        Some(other) if is_over(flows, packet.tuple.proto, other) => Clash::Over,
         Some(_) => Clash::Alive,
     }
 }
 
-/// A direct connection to a backend whose tuple a translated flow from the same device already has: it gets another
+/// A direct connection to a backend whose tuple a translated flow already has: it gets another
 /// source port, so that the backend's replies can be told apart. If that flow is over, it goes.
 #[inline(always)]
 fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
@@ -785,7 +887,7 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
     if packet.kind == Kind::LaterFragment {
         return Err(PASS);
     }
-    match clash_of(flows, tuple) {
+    match clash_of(flows, packet) {
         Clash::None => return Err(PASS),
         Clash::Over | Clash::Alive if is_settling(flows) => return Err(HELD),
         Clash::Over => {
@@ -800,6 +902,7 @@ fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
         port: tuple.dport,
         id: 0,
         service: 0,
+        fingerprint: 0,
         nat: Addr::UNSPECIFIED_V6,
         flags: FlowValue::DIRECT | FlowValue::ALIAS,
     })
@@ -826,6 +929,8 @@ pub struct Target {
     pub id: u32,
     /// The service.
     pub service: u32,
+    /// That of the service when the backend was picked.
+    pub fingerprint: u32,
     /// The rewritten source, if `flags` say so.
     pub nat: Addr,
     /// Flags of [`FlowValue`].
@@ -850,6 +955,7 @@ pub fn create<F: Flows>(flows: &F, packet: &Parsed, target: &Target) -> Verdict 
         backend: target.id,
         ifindex: flows.ifindex(),
         flags: target.flags,
+        stamp: packet.sequence,
         ..FlowValue::ZERO
     };
     let sport = take_source_port(flows, tuple, target, value);
@@ -887,7 +993,10 @@ fn towards(tuple: &Tuple, target: &Target, sport: Be16) -> Tuple {
 #[inline(never)]
 fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue) -> Be16 {
     let mut plain = towards(tuple, target, tuple.sport);
-    let taken = value.has(FlowValue::ALIAS) || tuple.proto != Proto::TCP && flows.tracked(&plain) != Tracked::Unknown;
+    // Zero, which a datagram without use for answers may have (RFC 768), means "none" here.
+    let taken = value.has(FlowValue::ALIAS)
+        || tuple.sport.is_zero()
+        || tuple.proto != Proto::TCP && is_tracked(flows, &plain, value);
     if !taken && claim_plain(flows, &plain, value) {
         return tuple.sport;
     }
@@ -897,6 +1006,14 @@ fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: 
         claim_plain(flows, &plain, value)
     });
     if found { plain.sport } else { Be16::ZERO }
+}
+
+/// True if the kernel knows a datagram's tuple from another flow than this one.
+#[inline(always)]
+fn is_tracked<F: Flows>(flows: &F, plain: &Tuple, value: &FlowValue) -> bool {
+    let (key, client_is_a) = plain.plain_key();
+    !find(flows, &key).is_some_and(|other| is_own(other, value, client_is_a))
+        && flows.tracked(plain) != Tracked::Unknown
 }
 
 /// Stores the snat entry under a free port of its new source; as [`claim_snat`].
@@ -925,6 +1042,7 @@ fn remove_plain<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, sport: Be16
 fn store_front<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: &mut FlowValue) {
     value.peer = target.addr;
     value.peer_port = target.port;
+    value.stamp = target.fingerprint;
     if !value.has(FlowValue::SNAT) {
         match flows.bridge_neighbour(&tuple.src, &target.addr) {
             Neighbour::At(mac) => value.mac = mac,
@@ -943,13 +1061,30 @@ fn claim_plain<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> boo
     let (key, client_is_a) = plain.plain_key();
     value.flags = value.flags & !FlowValue::CLIENT_IS_A | if client_is_a { FlowValue::CLIENT_IS_A } else { 0 };
     if let Some(other) = find(flows, &key) {
-        if !is_over(flows, plain.proto, other) {
+        if is_own(other, value, client_is_a) {
+            value.nat_port = other.fixed(|value| value.nat_port);
+        } else if is_over(flows, plain.proto, other) {
+            forget_others(flows, plain, client_is_a, other);
+        } else {
             return false;
         }
-        forget_others(flows, plain, client_is_a, other);
         flows.remove(&key);
     }
     flows.insert_pending(&key, value, true)
+}
+
+/// True if a plain entry is of the very flow that is made, whose front entry the LRU has taken: it begins again in its place,
+/// since the backend may have heard of it.
+#[inline(always)]
+fn is_own(plain: FlowRef<'_>, value: &FlowValue, client_is_a: bool) -> bool {
+    let is_same = plain.fixed(|other| {
+        other.peer == value.peer
+            && other.peer_port == value.peer_port
+            && other.alias_port == value.alias_port
+            && other.has(FlowValue::CLIENT_IS_A) == client_is_a
+            && other.has(FlowValue::DIRECT) == value.has(FlowValue::DIRECT)
+    });
+    is_same && Hot::unpack(plain.hot()).state & Hot::CLASH == 0
 }
 
 /// Removes what a flow that is over has besides its plain entry, which another takes: packets that straggle would follow
@@ -963,12 +1098,17 @@ fn forget_others<F: Flows>(flows: &F, plain: &Tuple, client_is_a: bool, other: F
     forget_front(flows, plain, same_way, other);
 }
 
+/// Removes the snat entry of a flow; its place may be another's by now, if a CNI rewrote the flow's source.
 #[inline(never)]
 fn forget_snat<F: Flows>(flows: &F, plain: &Tuple, same_way: bool, other: FlowRef<'_>) {
+    let (client, port) = if same_way { (&plain.src, plain.sport) } else { (&plain.dst, plain.dport) };
     let mut reply = if same_way { plain.reversed() } else { *plain };
     reply.dst = other.fixed(|value| value.nat);
     reply.dport = other.fixed(|value| value.nat_port);
-    flows.remove(&reply.snat_key());
+    let key = reply.snat_key();
+    if find(flows, &key).is_some_and(|snat| leads_to(snat, client, port)) {
+        flows.remove(&key);
+    }
 }
 
 #[inline(never)]
@@ -1010,11 +1150,18 @@ fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> u32 
     value.peer = plain.src;
     value.peer_port = plain.sport;
     value.alias_port = Be16::ZERO;
-    value.hot = flows.nanos().0;
-    let kept = may_keep_port(flows, plain.sport.host()) && claim_reply(flows, &reply, value) == FREE;
-    if kept {
-        flows.mark_port(plain.sport.host(), PortUse::SNAT);
-        value.nat_port = plain.sport;
+    value.hot = Hold::claimed(flows.nanos()).0;
+    // Of a flow that begins again: it goes by the port that the backend knows.
+    let own = value.nat_port;
+    if !own.is_zero() {
+        reply.dport = own;
+    }
+    let may_keep = !own.is_zero() || may_keep_port(flows, plain.sport.host());
+    if may_keep && claim_reply(flows, &reply, value) == FREE {
+        if own.is_zero() {
+            flows.mark_port(plain.sport.host(), PortUse::SNAT);
+        }
+        value.nat_port = reply.dport;
         return CLAIMED;
     }
     let mut least = ESTABLISHED;
@@ -1047,7 +1194,7 @@ const ESTABLISHED: u64 = u64::MAX;
 /// millisecond), and the port itself in the lowest 16 bits.
 #[inline(always)]
 fn rank(pending: FlowRef<'_>, port: Be16) -> u64 {
-    pending.hot() >> 20 << 16 | port.0 as u64
+    Hold(pending.hot()).0 >> 20 << 16 | port.0 as u64
 }
 
 const CLAIMED: u32 = 0;
@@ -1063,7 +1210,7 @@ fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> u64 {
     }
     // Looked up first: an insertion that fails has pushed out another entry all the same (an LRU makes room beforehand).
     if let Some(other) = flows.pending(&key) {
-        return rank(other, reply.dport);
+        return if leads_to(other, &value.peer, value.peer_port) { FREE } else { rank(other, reply.dport) };
     }
     if !flows.insert_pending(&key, value, true) {
         return ESTABLISHED;
@@ -1147,7 +1294,7 @@ fn icmp_error<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: 
     let tuple = &packet.tuple;
     if class.has(AddressClass::NODE)
         && ports.has(PortUse::SNAT)
-        && let Some(flow) = find(flows, &tuple.snat_key())
+        && let Some(flow) = snat_entry(flows, packet)
     {
         return Verdict::Rewrite(to_peer(flow));
     }
@@ -1165,7 +1312,7 @@ fn icmp_error<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: 
 pub fn egress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
     match packet.kind {
         Kind::Transport if !packet.first_fragment => Some(leaving(flows, packet)),
-        Kind::Echo | Kind::Other => Some(untranslated(flows, packet)),
+        Kind::Echo | Kind::Other | Kind::Unanswerable => Some(untranslated(flows, packet)),
         _ => None,
     }
 }
@@ -1174,7 +1321,11 @@ pub fn egress_known<F: Flows>(flows: &F, packet: &Parsed) -> Option<Verdict> {
 #[inline(always)]
 pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
     match packet.kind {
-        Kind::Echo | Kind::Other => return untranslated(flows, packet),
+        Kind::Echo | Kind::Other | Kind::Unanswerable => return untranslated(flows, packet),
+        // What no flow translates has no part that one does.
+        Kind::Transport if packet.first_fragment && !is_of_flow(flows, &packet.tuple) => {
+            return untranslated(flows, packet);
+        }
         Kind::Transport | Kind::LaterFragment => {
             if !fragment_ports(flows, packet, Hook::Egress) {
                 return PASS;
@@ -1183,6 +1334,11 @@ pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
         Kind::IcmpError | Kind::IcmpRedirect => {}
     }
     leaving(flows, packet)
+}
+
+#[inline(never)]
+fn is_of_flow<F: Flows>(flows: &F, tuple: &Tuple) -> bool {
+    find(flows, &tuple.plain_key().0).is_some()
 }
 
 /// A packet with a tuple, at egress.
@@ -1206,6 +1362,9 @@ fn leaving<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
             if !touch(flows, packet, plain, from_client) {
                 return PASS;
             }
+            if from_client && plain.fixed(|value| value.has(FlowValue::SNAT)) && !has_left(plain) {
+                set_left(flows, packet, plain);
+            }
         }
     }
     if !from_client {
@@ -1221,6 +1380,25 @@ fn leaving<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
         mac: [0; 3],
         service: plain.fixed(|value| value.service),
     })
+}
+
+/// True if packets of a flow have left with the source that we rewrote, and not with one that the CNI gave them before us.
+#[inline(always)]
+fn has_left(plain: FlowRef<'_>) -> bool {
+    Hot::unpack(plain.hot()).state & Hot::LEFT != 0
+}
+
+/// The first packet of a flow leaves with the source that we rewrite: from now on, what comes to that is a reply.
+#[inline(never)]
+fn set_left<F: Flows>(flows: &F, packet: &Parsed, plain: FlowRef<'_>) {
+    let hot = Hot::unpack(plain.hot());
+    plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::LEFT }.pack());
+    let mut reply = packet.tuple.reversed();
+    reply.dst = plain.fixed(|value| value.nat);
+    reply.dport = plain.fixed(|value| value.nat_port);
+    if let Some(snat) = flows.pending(&reply.snat_key()) {
+        snat.set_hot(Hold(snat.hot()).left().0);
+    }
 }
 
 /// Notes a packet in its flow; writes only if the second or the state changed. False: the packet is not of this flow.
@@ -1261,16 +1439,33 @@ fn answer(packet: &Parsed, plain: FlowRef<'_>, state: u32) -> Option<u32> {
     }
     plain.set_proof(Proof::syn_ack(packet.sequence).0);
     // What another connection with these ends has left here is over with it.
-    Some(state & Hot::TOLD)
+    Some(state & (Hot::TOLD | Hot::LEFT))
 }
 
-/// A packet that no flow translates: if it goes to a service's address, a process that the socket hooks do not see made it.
+/// A packet that no flow translates: if it goes to a service's address, a process of this node made it that the socket hooks
+/// do not see, or whose connection they leave alone since policy keeps it from all endpoints.
 #[inline(always)]
 fn untranslated<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
     match flows.config() {
         Some(config) if config.is_service_address(&packet.outer_dst) => {
-            Verdict::Refuse(DropReason::HostUnhooked, Refusal::Reject)
+            if packet.kind == Kind::Transport && is_kept_from(flows, &packet.tuple) {
+                Verdict::Refuse(DropReason::NoLocalEndpoint, Refusal::Drop)
+            } else {
+                Verdict::Refuse(DropReason::HostUnhooked, Refusal::Reject)
+            }
         }
         _ => PASS,
+    }
+}
+
+/// True if a process of this node gets no endpoint by policy while there are some.
+#[inline(never)]
+fn is_kept_from<F: Flows>(flows: &F, tuple: &Tuple) -> bool {
+    let (class, ports) = (flows.address(&tuple.dst), flows.port_use(tuple.dport.host()));
+    match pick::find_frontend(flows, class, ports, &tuple.dst, tuple.dport, tuple.proto) {
+        Some(frontend) => {
+            pick::set_for(flows, frontend.value, true) == Err((DropReason::NoLocalEndpoint, Refusal::Drop))
+        }
+        None => false,
     }
 }

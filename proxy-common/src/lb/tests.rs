@@ -5,9 +5,10 @@ use super::rewrite::{End, Slice, apply};
 use super::tuple::Tuple;
 use super::world::{World, addr, tuple};
 use crate::abi::address::AddressClass;
+use crate::abi::flow::FlowKey;
 use crate::abi::frontend::FrontendValue;
 use crate::addr::{Addr, Proto};
-use crate::lb::flow::{Hot, Seconds};
+use crate::lb::flow::{Hot, Seconds, is_expired};
 use crate::tables::{Neighbour, Tracked};
 use crate::verdict::{DropReason, Refusal};
 use crate::wire::checksum::fold;
@@ -445,7 +446,7 @@ fn a_backend_on_the_clients_bridge_is_looked_for_again_now_and_then() {
 fn a_finished_connection_leaves_a_direct_one_with_its_ends_alone() {
     let world = two_services(Proto::TCP);
     let ended = open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP));
-    send(&world, &ended, tcp::RST, 0);
+    reply(&world, &ended, tcp::RST, 0);
     let direct = dial(&world, ended.plain).expect("a backend");
     assert_eq!(direct.seen, direct.dialled, "the ends are free");
     reply(&world, &direct, tcp::SYN | tcp::ACK, 500);
@@ -621,6 +622,17 @@ fn policies_and_emptiness_decide_who_is_refused_and_how() {
 }
 
 #[test]
+fn a_process_of_the_node_is_dropped_where_policy_keeps_it_from_all_endpoints() {
+    let mut world = World::new();
+    let remote = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    world.add_frontend(remote, "10.96.0.10", 80, Proto::TCP, CLUSTER_IP | FrontendValue::INSIDE_LOCAL);
+    world.add_frontend(remote, "10.96.0.20", 80, Proto::TCP, CLUSTER_IP);
+    let syn = |dst| packet(&tuple("192.0.2.1", 4000, dst, 80, Proto::TCP), tcp::SYN, 1, 0, b"");
+    assert_eq!(leaves(&world, syn("10.96.0.10")), Err((DropReason::NoLocalEndpoint, Refusal::Drop)));
+    assert_eq!(leaves(&world, syn("10.96.0.20")), Err((DropReason::HostUnhooked, Refusal::Reject)));
+}
+
+#[test]
 fn a_gone_backend_is_left_by_datagrams_at_once_and_by_connections_at_their_next_syn() {
     for proto in [Proto::TCP, Proto::UDP] {
         let mut world = World::new();
@@ -637,6 +649,37 @@ fn a_gone_backend_is_left_by_datagrams_at_once_and_by_connections_at_their_next_
         let moved = dial(&world, connection.dialled).expect("the other backend");
         assert_eq!(moved.plain.dst, addr(["10.244.1.5", "10.244.1.6"][new]), "{proto}");
     }
+}
+
+#[test]
+fn datagrams_leave_a_backend_that_their_service_dropped_while_another_has_it() {
+    const BACKENDS: [&str; 2] = ["10.244.1.5", "10.244.1.6"];
+    let mut world = World::new();
+    let [one, two] = ["10.96.0.10", "10.96.0.20"].map(|cluster_ip| {
+        let service = world.add_service(&BACKENDS.map(|backend| (backend, 53, true)), Proto::UDP);
+        world.add_frontend(service, cluster_ip, 53, Proto::UDP, CLUSTER_IP);
+        world.fingerprints.insert(service, 1);
+        service
+    });
+    let connection = open(&world, tuple("10.244.1.50", 4000, "10.96.0.10", 53, Proto::UDP));
+    let other = open(&world, tuple("10.244.1.50", 4000, "10.96.0.20", 53, Proto::UDP));
+    // A change that leaves the backend where it is.
+    world.fingerprints.insert(one, 2);
+    send(&world, &connection, 0, 0);
+    send(&world, &connection, 0, 0);
+    // Now the first service loses it.
+    let (old, new) = if connection.plain.dst == addr(BACKENDS[0]) { (0, 1) } else { (1, 0) };
+    let survivor = world.slots[new];
+    world.slots[old] = survivor;
+    world.fingerprints.insert(one, 3);
+    let moved = dial(&world, connection.dialled).expect("the other backend");
+    assert_eq!(moved.plain.dst, addr(BACKENDS[new]));
+    send(&world, &other, 0, 0);
+    // And the second one its frontend.
+    world.frontends.values_mut().for_each(|frontend| frontend.service = one);
+    world.fingerprints.insert(two, 0);
+    let moved = dial(&world, other.dialled).expect("the other backend");
+    assert_eq!(moved.plain.dst, addr(BACKENDS[new]));
 }
 
 #[test]
@@ -719,10 +762,24 @@ fn forged_beginnings_keep_nobody_from_a_remote_backend() {
         send(&world, &connection, tcp::ACK, 507);
     }
     let snat = |entries: &std::cell::RefCell<std::collections::HashMap<_, _>>| {
-        let keys: Vec<crate::abi::flow::FlowKey> = entries.borrow().keys().copied().collect();
-        keys.iter().filter(|key| key.kind == crate::abi::flow::FlowKey::SNAT).count()
+        let keys: Vec<FlowKey> = entries.borrow().keys().copied().collect();
+        keys.iter().filter(|key| key.kind == FlowKey::SNAT).count()
     };
     assert!(snat(&world.pending) <= 100, "each port once");
+}
+
+#[test]
+fn a_datagram_without_source_port_reaches_its_backend() {
+    let mut world = with_service(Proto::UDP);
+    let remote = world.add_service(&[("10.244.2.7", 53, false)], Proto::UDP);
+    world.add_frontend(remote, "198.51.100.7", 53, Proto::UDP, 0);
+    for (dst, port) in [("198.51.100.7", 53), ("10.96.0.10", 80)] {
+        let first = dial(&world, tuple("203.0.113.5", 0, dst, port, Proto::UDP)).expect("a service");
+        let entries = world.pending.borrow().len();
+        send(&world, &first, 0, 0);
+        assert_eq!(world.pending.borrow().len(), entries, "one flow");
+    }
+    assert!(world.drops.borrow().is_empty());
 }
 
 #[test]
@@ -839,6 +896,155 @@ fn a_segment_is_known_by_whether_it_carries_data() {
 }
 
 #[test]
+fn a_port_that_the_cni_masquerades_with_is_not_ours_to_translate_back() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut world = World::new();
+        let service = world.add_service(&[("10.244.2.7", 80, false)], proto);
+        world.add_frontend(service, "0.0.0.0", 30080, proto, 0);
+        // Behind the hooks, the source is rewritten before us, by chance or to keep it with the port that we would take.
+        let dialled = tuple("203.0.113.5", 5000, "192.0.2.1", 30080, proto);
+        let masqueraded = tuple("192.0.2.1", 5000, "10.244.2.7", 80, proto);
+        let answer = packet(&masqueraded.reversed(), tcp::SYN | tcp::ACK, 500, 101, b"answer");
+        for round in 0..3 {
+            let flags = if round == 0 { tcp::SYN } else { tcp::ACK };
+            let inside = enters(&world, packet(&dialled, flags, 100, 501, b"question")).expect("in");
+            assert_eq!(tuple_of(&inside).src, dialled.src);
+            let outside = packet(&masqueraded, flags, 100, 501, b"question");
+            assert_eq!(leaves(&world, outside.clone()), Ok(outside));
+            assert_eq!(enters(&world, answer.clone()), Ok(answer.clone()), "{proto}: the kernel's");
+            let restored = packet(&tuple_of(&inside).reversed(), tcp::SYN | tcp::ACK, 500, 101, b"answer");
+            assert_eq!(tuple_of(&leaves(&world, restored).expect("out")), dialled.reversed());
+        }
+        assert_eq!(established(&world), 2, "{proto}: front and plain");
+        assert!(!world.pending.borrow().keys().any(|key| key.kind == FlowKey::SNAT), "{proto}: the port is free");
+        let error = too_big(addr("10.244.2.1"), &packet(&masqueraded, tcp::ACK, 1, 1, b"12345678"));
+        assert_eq!(enters(&world, error.clone()), Ok(error), "{proto}: an error about it");
+        if proto == Proto::TCP {
+            // Another connection gets the port, and keeps it when the first one is over.
+            let other = open(&world, Tuple { src: addr("203.0.113.6"), ..dialled });
+            assert_eq!(other.seen, masqueraded);
+            let inside = enters(&world, packet(&dialled, tcp::FIN | tcp::ACK, 108, 507, b"")).expect("in");
+            let fin = packet(&tuple_of(&inside).reversed(), tcp::FIN | tcp::ACK, 507, 109, b"");
+            leaves(&world, fin).expect("out");
+            enters(&world, packet(&dialled, tcp::SYN, 1000, 0, b"")).expect("in");
+            reply(&world, &other, tcp::ACK, 501);
+        }
+    }
+}
+
+#[test]
+fn a_connection_opened_in_a_pods_name_leaves_the_pods_own_alone() {
+    let world = with_service(Proto::TCP);
+    let (pod, forger) = (world.ifindex.get(), world.ifindex.get() + 1);
+    world.ifindex.set(forger);
+    let syn = |tuple: &Tuple| packet(tuple, tcp::SYN, 0xdead_beef, 0, b"");
+    let inside = enters(&world, syn(&tuple("10.244.1.50", 4000, "10.96.0.10", 80, Proto::TCP))).expect("in");
+    let own = tuple_of(&inside);
+    enters(&world, syn(&own)).expect("the same ends, directly");
+    world.ifindex.set(pod);
+    let connection = open(&world, own);
+    reply(&world, &connection, tcp::ACK, 501);
+    send(&world, &connection, tcp::ACK, 507);
+}
+
+#[test]
+fn a_beginning_that_lost_an_entry_heals_with_the_next_packet() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut world = World::new();
+        let service = world.add_service(&[("10.244.2.7", 80, false)], proto);
+        world.add_frontend(service, "0.0.0.0", 30080, proto, 0);
+        world.add_frontend(service, "10.96.0.10", 80, proto, CLUSTER_IP);
+        let at_port = |sport| tuple("203.0.113.5", sport, "192.0.2.1", 30080, proto);
+        for (port, dialled) in
+            (0..).zip([at_port(40000), at_port(5000), tuple("10.244.1.50", 5000, "10.96.0.10", 80, proto)])
+        {
+            for lost in [FlowKey::FRONT, FlowKey::PLAIN, FlowKey::SNAT] {
+                let connection = dial(&world, dialled).expect("a service");
+                // The kernel tracks it too, which does not make it another's.
+                world.tracked.insert(connection.plain, Tracked::Plain);
+                world.pending.borrow_mut().retain(|key, _| key.kind != lost);
+                world.now.set(Seconds(world.now.get().0 + 1));
+                let again = dial(&world, dialled).expect("a service");
+                if lost != FlowKey::PLAIN {
+                    assert_eq!(again.seen, connection.seen, "{proto} {port}: without {lost}");
+                }
+                reply(&world, &again, tcp::SYN | tcp::ACK, 500);
+                // Once more, before the client confirms.
+                if lost == FlowKey::SNAT {
+                    world.pending.borrow_mut().retain(|key, _| key.kind != lost);
+                }
+                send(&world, &again, tcp::ACK, 501);
+                assert_eq!(established(&world), if port < 2 { 3 } else { 2 }, "{proto} {port}: without {lost}");
+                reply(&world, &again, tcp::ACK, 501);
+                assert!(world.drops.borrow().is_empty());
+                world.pending.borrow_mut().clear();
+                world.established.borrow_mut().clear();
+                world.tracked.clear();
+            }
+        }
+    }
+}
+
+/// A segment that the sender of `tuple` did not send.
+fn forge(world: &World, tuple: &Tuple, flags: u8) {
+    let _ = leaves(world, enters(world, packet(tuple, flags, 0xdead_beef, 0, b"")).expect("in")).expect("out");
+}
+
+#[test]
+fn forged_resets_and_beginnings_end_no_connection() {
+    for (client, vip, port) in [("10.244.1.50", "10.96.0.10", 80), ("203.0.113.5", "192.0.2.1", 30080)] {
+        let world = with_service(Proto::TCP);
+        let connection = open(&world, tuple(client, 4000, vip, port, Proto::TCP));
+        let entries = established(&world);
+        forge(&world, &connection.dialled, tcp::RST);
+        forge(&world, &connection.dialled, tcp::SYN);
+        assert_eq!(established(&world), entries, "the backend has not said that it is over");
+        // The backend answers the SYN with a challenge, which must reach the client.
+        reply(&world, &connection, tcp::ACK, 501);
+        send(&world, &connection, tcp::ACK, 507);
+        reply(&world, &connection, tcp::ACK, 507);
+    }
+}
+
+#[test]
+fn a_forged_reset_does_not_free_the_ends_for_another_frontend() {
+    let world = two_services(Proto::TCP);
+    let connection = open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP));
+    forge(&world, &connection.dialled, tcp::RST);
+    forge(&world, &tuple("10.244.1.50", 5555, "10.96.0.20", 80, Proto::TCP), tcp::SYN);
+    reply(&world, &connection, tcp::ACK, 501);
+    send(&world, &connection, tcp::ACK, 507);
+}
+
+#[test]
+fn a_connection_that_goes_on_after_a_reset_is_kept() {
+    let world = with_service(Proto::TCP);
+    let connection = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
+    let (key, _) = connection.plain.plain_key();
+    forge(&world, &connection.dialled, tcp::RST);
+    reply(&world, &connection, tcp::ACK, 501);
+    send(&world, &connection, tcp::ACK, 507);
+    let hot = Hot::unpack(crate::tables::Lookups::established(&world, &key).expect("established").hot());
+    let later = Seconds(world.now.get().0 + Seconds::span(3600));
+    assert!(!is_expired(Proto::TCP, hot, later));
+}
+
+#[test]
+fn a_client_that_reset_its_connection_opens_the_next_by_the_same_port() {
+    let world = with_service(Proto::TCP);
+    let first = open(&world, tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::TCP));
+    send(&world, &first, tcp::FIN | tcp::ACK, 501);
+    send(&world, &first, tcp::RST, 0);
+    let entries = established(&world);
+    let second = open(&world, first.dialled);
+    assert_eq!((second.seen, established(&world)), (first.seen, entries));
+    reply(&world, &second, tcp::FIN | tcp::ACK, 501);
+    let (key, _) = second.plain.plain_key();
+    let hot = Hot::unpack(crate::tables::Lookups::established(&world, &key).expect("established").hot());
+    assert!(!hot.is_finished(), "the first one's FIN is not the second's");
+}
+
+#[test]
 fn later_fragments_go_where_the_first_went() {
     let world = with_service(Proto::UDP);
     let dialled = tuple("203.0.113.5", 4000, "192.0.2.1", 30080, Proto::UDP);
@@ -852,6 +1058,8 @@ fn later_fragments_go_where_the_first_went() {
         bytes[10..12].copy_from_slice(&checksum.to_be_bytes());
     }
     assert_eq!(enters(&world, later.clone()), Ok(later.clone()), "to the node's own address it may be anybody's");
+    leaves(&world, first.clone()).expect("out");
+    assert!(world.fragments.borrow().is_empty(), "what no flow translates has no part that one does");
     let arrived = leaves(&world, enters(&world, first).expect("in")).expect("out");
     let mut parsed = parse(&later);
     let Verdict::Rewrite(rewrite) = ingress(&world, &mut parsed) else { panic!("not translated") };

@@ -30,6 +30,7 @@ pub struct World {
     pub frontends: HashMap<FrontendKey, FrontendValue>,
     pub sets: HashMap<(u32, bool), Range>,
     pub affinity_timeouts: HashMap<u32, u32>,
+    pub fingerprints: HashMap<u32, u32>,
     pub slots: Vec<Slot>,
     pub backends: RefCell<Vec<BackendRecord>>,
     pub affinities: RefCell<HashMap<AffinityKey, AffinityValue>>,
@@ -91,6 +92,7 @@ impl World {
             frontends: HashMap::new(),
             sets: HashMap::new(),
             affinity_timeouts: HashMap::new(),
+            fingerprints: HashMap::new(),
             slots: Vec::new(),
             backends: RefCell::new(std::vec![BackendRecord::ZERO]),
             affinities: RefCell::default(),
@@ -213,6 +215,9 @@ impl Tables for World {
     }
     fn affinity_timeout(&self, service: u32) -> u32 {
         self.affinity_timeouts.get(&service).copied().unwrap_or_default()
+    }
+    fn fingerprint(&self, service: u32) -> u32 {
+        self.fingerprints.get(&service).copied().unwrap_or_default()
     }
     fn slot(&self, position: u32) -> Option<Slot> {
         self.slots.get(position as usize).copied()

@@ -42,6 +42,9 @@ pub enum Kind {
     Echo,
     /// Anything else over IP.
     Other,
+    /// Likewise, but never answered (RFC 1122 section 3.2.2, RFC 4443 section 2.4 e): an ICMP or ICMPv6 error or redirect
+    /// whose quote tells no ports, or a later fragment.
+    Unanswerable,
 }
 
 /// A packet, as far as decisions need it. Offsets count from the start of the packet data.
@@ -258,7 +261,9 @@ fn transport<P: Packet, const QUOTES: bool>(packet: &P, l3: usize, ip: Ip, icmp_
         if ip.proto == Proto::TCP.0 {
             control(packet, &ip, &mut parsed)?;
         }
-    } else if ip.proto == icmp_proto && !later {
+    } else if later {
+        parsed.kind = Kind::Unanswerable;
+    } else if ip.proto == icmp_proto {
         icmp::<P, QUOTES>(packet, ip.l4, icmp_proto, &mut parsed)?;
     }
     Some(parsed)
@@ -310,7 +315,8 @@ fn icmp<P: Packet, const QUOTES: bool>(packet: &P, offset: usize, icmp_proto: u8
         return Some(());
     }
     let quoted_l3 = offset + size_of::<Icmp>();
-    // A quote too short to tell its ports concerns no flow: the error passes as it is.
+    // A quote too short to tell its ports concerns no flow.
+    parsed.kind = Kind::Unanswerable;
     let Some(quoted) = (if v6 { ipv6(packet, quoted_l3, MAX_QUOTED_EXTENSIONS) } else { ipv4(packet, quoted_l3) })
     else {
         return Some(());

@@ -219,7 +219,7 @@ pub enum FlowState {
     Established,
     /// An end has said that it is done.
     Closing,
-    /// Both have, or one has reset it; the record is kept for late packets.
+    /// Both have, or the backend has reset it; the record is kept for late packets.
     Finished,
 }
 
@@ -233,7 +233,7 @@ impl FlowState {
             Self::Finished
         } else if hot.state & Hot::ESTABLISHED == 0 {
             Self::Opening
-        } else if hot.state & (Hot::FIN_CLIENT | Hot::FIN_BACKEND) != 0 {
+        } else if hot.state & (Hot::FIN_CLIENT | Hot::FIN_BACKEND | Hot::RESET_CLIENT) != 0 {
             Self::Closing
         } else {
             Self::Established

@@ -426,13 +426,16 @@ impl KernelMaps {
         Ok(())
     }
 
-    /// Each set changes at once, after all slots written before.
+    /// Each set changes at once, after all slots written before; the affinity is there before them, the fingerprint after.
     fn write_service(&self, id: u32, record: &ServiceRecord) -> Result<(), Error> {
         let words = self.services.at(id)?;
-        let [cluster, local, affinity] = to_words::<_, 3>(record);
-        words[2].store(affinity, Ordering::Release);
+        let old = from_words::<ServiceRecord>(&[0, 0, words[2].load(Ordering::Relaxed)]);
+        let [cluster, local, last] = to_words::<_, 3>(record);
+        let [_, _, first] = to_words::<_, 3>(&ServiceRecord { fingerprint: old.fingerprint, ..*record });
+        words[2].store(first, Ordering::Release);
         words[0].store(cluster, Ordering::Release);
         words[1].store(local, Ordering::Release);
+        words[2].store(last, Ordering::Release);
         Ok(())
     }
 
@@ -603,7 +606,7 @@ mod tests {
 
     #[test]
     fn words_of_a_record_come_back() {
-        let record = ServiceRecord { cluster: 0x0102_0304_0506_0708, local: u64::MAX, affinity: 10800, reserved: 0 };
+        let record = ServiceRecord { cluster: 0x0102_0304_0506_0708, local: u64::MAX, affinity: 10800, fingerprint: 7 };
         assert_eq!(from_words::<ServiceRecord>(&to_words::<_, 3>(&record)), record);
     }
 

@@ -204,15 +204,23 @@ fn is_expired(key: &FlowKey, plain: &FlowValue, now: Seconds) -> bool {
 }
 
 /// Removes a flow from one table, the forward entries first: a client that comes meanwhile opens a new flow. What stands
-/// under the keys of a front or snat entry but belongs to another flow stays.
+/// under a key but belongs to another flow stays: one with other ends, or one that began after this one's last packet.
 fn remove_flow<T: Entries>(table: &T, plain_key: &FlowKey, plain: &FlowValue) -> Result<(), Error> {
     let ends = Ends::of(plain_key, plain);
     for key in [Some(ends.front_key()), ends.snat_key()].into_iter().flatten() {
-        if table.get(&key)?.is_some_and(|value| plain_of(&key, &value) == *plain_key) {
+        if table.get(&key)?.is_some_and(|value| plain_of(&key, &value) == *plain_key && !is_newer(&value, plain)) {
             table.remove(&key)?;
         }
     }
-    table.remove(plain_key)
+    if table.get(plain_key)?.is_some_and(|value| !is_newer(&value, plain)) {
+        table.remove(plain_key)?;
+    }
+    Ok(())
+}
+
+/// True if an entry is of a flow that began after the last packet of `plain`'s.
+fn is_newer(entry: &FlowValue, plain: &FlowValue) -> bool {
+    Hot::unpack(entry.hot).seen > Hot::unpack(plain.hot).seen
 }
 
 /// Who takes part in a flow, from its plain entry.
@@ -525,6 +533,16 @@ mod tests {
         tables.established.put(&[plain, (front.0, newer), snat]);
         round(&mut Sweep::default(), &tables);
         assert_eq!(tables.established.all(), [(front.0, newer)]);
+    }
+
+    #[test]
+    fn a_flow_that_took_the_ends_while_an_old_one_was_removed_stays() {
+        let tables = both();
+        // The program has removed the old one from the established flows and begun anew.
+        tables.pending.put(&flow(1, 0));
+        let old = flow(1, lifetime::UDP_ANSWERED + 3);
+        remove_flow(&tables.pending, &old[0].0, &old[0].1).unwrap();
+        assert_eq!(tables.pending.all().len(), 3);
     }
 
     #[test]

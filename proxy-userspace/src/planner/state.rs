@@ -476,5 +476,18 @@ fn record(layout: &Layout, stretch: Stretch, affinity: u32) -> ServiceRecord {
         0 => range.pack(),
         count => Range { base: stretch.base + range.base, count }.pack(),
     };
-    ServiceRecord { cluster: place(layout.cluster), local: place(layout.local), affinity, reserved: 0 }
+    let fingerprint = fingerprint(layout);
+    ServiceRecord { cluster: place(layout.cluster), local: place(layout.local), affinity, fingerprint }
+}
+
+/// A number that is the same for the same sets, and hardly ever for others: FNV-1a (Fowler, Noll, Vo) over words. Never zero,
+/// which is nobody's.
+fn fingerprint(layout: &Layout) -> u32 {
+    let ranges = [layout.cluster, layout.local].into_iter().flat_map(|range| [range.base, range.count]);
+    let backends = layout.slots.iter().flat_map(|at| at.addr.0.into_iter().chain([u32::from(at.port.0)]));
+    ranges
+        .chain(backends)
+        .flat_map(u32::to_le_bytes)
+        .fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+        | 1
 }

@@ -338,11 +338,14 @@ fn publish(port: &Port, touched: &Touched, now: &mut Vec<Op>, leftovers: &mut Le
     let is_empty = |word: u64| Range::unpack(word).count == 0;
     let left = Range { base: port.stretch.base + port.slots.len() as u32, count: touched.leaving.len() as u32 };
     let old_local = if left.count > 0 { left.pack() } else { old.local };
-    let first = ServiceRecord {
+    let mut first = ServiceRecord {
         cluster: if is_empty(new.cluster) { old.cluster } else { new.cluster },
         local: if is_empty(new.local) { old_local } else { new.local },
         ..new
     };
+    if first != new {
+        first.fingerprint = old.fingerprint;
+    }
     if first != old {
         now.push(Op::PublishService { id: port.id, record: first });
     }
