@@ -2,7 +2,7 @@
 //!
 //! May touch: map entries and pins, for reading.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::CStr;
 use std::os::fd::AsFd as _;
 use std::path::Path;
@@ -156,9 +156,11 @@ pub fn read_flows(maps: &MapFds) -> Result<Vec<FlowView>, Error> {
     })?;
     let now = Seconds::from_nanos(sys::monotonic().as_nanos() as u64);
     let mut flows = Vec::new();
+    let mut seen = HashSet::new();
+    // The established ones first: promotion leaves an older copy among the pending ones.
     for table in ["flows", "flows_pending"] {
         Table::<FlowKey, FlowValue>::open(maps, table)?.for_each(|key, value| {
-            if key.kind == FlowKey::PLAIN {
+            if key.kind == FlowKey::PLAIN && seen.insert(*key) {
                 let service = names.get(&value.service).cloned().unwrap_or_default();
                 flows.push(flow_view(key, value, now, service));
             }
