@@ -9,5 +9,6 @@ mod cleanup;
 mod devices;
 mod lifetime;
 mod node;
+mod predecessor;
 mod tables;
 mod takeover;
