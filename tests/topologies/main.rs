@@ -11,6 +11,8 @@
 //! | [`source`] | what backends see as their client; traffic policies |
 //! | [`refusal`] | who is refused, who is dropped, and what counts it |
 //! | [`change`] | endpoints and frontends that come and go under traffic |
+//! | [`handover`] | a successor takes over: connections end in their own time, new ones are its own |
+//! | [`lifetime`] | agents that die and are replaced every second, under load |
 //! | [`flood`] | a million forged SYNs beside live connections |
 //!
 //! [`rig`] builds what they share; [`talk`] holds conversations open. Topologies are drawn in `shunt_tests::topology`.
@@ -20,6 +22,8 @@ mod change;
 mod flood;
 mod fragment;
 mod hairpin;
+mod handover;
+mod lifetime;
 mod ports;
 mod reach;
 mod refusal;
