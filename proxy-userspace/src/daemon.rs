@@ -29,7 +29,7 @@ use crate::datapath::object::OBJECT;
 use crate::datapath::pins::{LOADED_NOTE, Pins};
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{node, restore, sweep, sys};
+use crate::datapath::{node, predecessor, restore, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::health::Health;
 use crate::model::{NodeFacts, SourceSpec, Update, Writer};
@@ -158,6 +158,7 @@ async fn build(
     let (status_sender, status) = watch::channel(Arc::new(Status { pending, ..Status::default() }));
     let (unused_sender, unused) = mpsc::channel(16);
     let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
+    let predecessor = predecessor::Task::open(pins, &loaded.maps)?;
     let reporter = Reporter::default();
     reporter.register(&mut registry);
     let progress = reporter.watch();
@@ -219,6 +220,7 @@ async fn build(
         sweep.run(its_drain).await;
         Ok(())
     });
+    parts.spawn("predecessor", drained(drain.clone(), async { Ok(predecessor.run().await?) }));
     let admin = admin::serve(config.admin_socket.clone(), status.clone(), refused);
     parts.spawn("admin socket", drained(drain.clone(), async { match admin.await {} }));
     parts.spawn(

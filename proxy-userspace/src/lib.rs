@@ -20,7 +20,8 @@
 //! | [`drain`] | the wish that the agent ends |
 //! | [`error`] | errors as text |
 //!
-//! What always holds: desired state moves right, only status moves left; the reconciler is the only writer of the tables;
+//! What always holds: desired state moves right, only status moves left; the reconciler is the only writer of the tables
+//! (where no agent runs, `shunt cleanup --drain` may take frontends out of them);
 //! unsafe code lives in `datapath` alone; the datapath works on without this process.
 
 pub mod cli;

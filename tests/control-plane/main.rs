@@ -9,6 +9,7 @@
 //! namespaces with servers; the kubelet of the harness starts, probes and ends them.
 
 mod follow;
+mod handover;
 mod outage;
 mod rig;
 mod update;

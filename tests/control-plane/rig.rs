@@ -30,15 +30,28 @@ impl Rig {
     /// A control plane and two nodes, each with an agent that follows it.
     #[track_caller]
     pub fn new() -> Self {
+        let mut rig = Self::without_agents();
+        rig.start_agents();
+        rig
+    }
+
+    /// Starts the agents and waits until they serve.
+    #[track_caller]
+    pub fn start_agents(&mut self) {
+        self.agents.iter_mut().for_each(Agent::spawn);
+        self.agents.iter().for_each(|agent| drop(agent.wait_log("first plan applied")));
+    }
+
+    /// The same with agents that are not started yet.
+    #[track_caller]
+    pub fn without_agents() -> Self {
         let cluster = Cluster::build(Plan { nodes: 2, pods: 2, ..Plan::default() });
         // On the router of the underlay: reached before any service is.
         let options = Options { address: UNDERLAY.host(1).v4.into(), ..Options::default() };
         let plane = ControlPlane::start_with(&cluster.bed, cluster.net.ns(), options);
         let kubeconfig = plane.kubeconfig(Identity::KubeProxy);
         let agent = |node| Agent::new(&cluster, node).with("--kubeconfig", &kubeconfig);
-        let mut agents: Vec<_> = cluster.nodes.iter().map(agent).collect();
-        agents.iter_mut().for_each(Agent::spawn);
-        agents.iter().for_each(|agent| drop(agent.wait_log("first plan applied")));
+        let agents = cluster.nodes.iter().map(agent).collect();
         let nodes: Vec<_> = cluster.nodes.iter().map(node_spec).collect();
         let pods = Arc::new(Pods { cluster: Mutex::new(cluster), running: Mutex::default() });
         let kubelet = FakeKubelet::start(plane.api(), nodes, pods.clone());
@@ -65,7 +78,12 @@ impl Rig {
 
     /// Where a service is reached from outside: its NodePort on every node, in each family.
     pub fn node_addresses(&self, service: &Value) -> Vec<SocketAddr> {
-        let port = service["spec"]["ports"][0]["nodePort"].as_u64().expect("the server gives one");
+        self.node_addresses_of(service, 0)
+    }
+
+    /// The same for the port of a position among the service's ports.
+    pub fn node_addresses_of(&self, service: &Value, position: usize) -> Vec<SocketAddr> {
+        let port = service["spec"]["ports"][position]["nodePort"].as_u64().expect("the server gives one");
         let port = u16::try_from(port).expect("a port");
         let cluster = self.pods.cluster();
         let addrs = cluster.nodes.iter().map(|node| node.addrs);
@@ -88,14 +106,20 @@ impl Rig {
     /// Waits until every node sends to the ready pods of a deployment and to nobody else.
     #[track_caller]
     pub fn wait_backends(&self, app: &str, count: usize) -> BTreeSet<IpAddr> {
-        let wanted = until_some(&format!("{count} ready pods of {app}"), || {
-            let ready = self.pods.addresses(app);
-            (ready.len() == 2 * count && self.ready_addresses(app) == ready).then_some(ready)
-        });
+        let wanted = self.wait_ready(app, count);
         for node in 0..self.agents.len() {
             until(&format!("{wanted:?} on node {node}"), || self.backends(node, app) == wanted);
         }
         wanted
+    }
+
+    /// Waits until a deployment has so many ready pods, and the API says so.
+    #[track_caller]
+    pub fn wait_ready(&self, app: &str, count: usize) -> BTreeSet<IpAddr> {
+        until_some(&format!("{count} ready pods of {app}"), || {
+            let ready = self.pods.addresses(app);
+            (ready.len() == 2 * count && self.ready_addresses(app) == ready).then_some(ready)
+        })
     }
 
     /// The addresses of the ready endpoints of a service.
@@ -165,7 +189,7 @@ impl PodRuntime for Pods {
         };
         // Where it listens, no socket hook is asked: answers must not depend on it.
         let place = made.place.unhooked().named(pod.name());
-        let server = place.serve(Ports { tcp: &[TARGET], udp: &[] });
+        let server = place.serve(Ports { tcp: &[TARGET], udp: &[TARGET] });
         let addresses = Family::ALL.map(|family| made.addrs.get(family)).to_vec();
         let app = pod.label("app").unwrap_or_default().to_owned();
         self.running().insert(pod.uid().to_owned(), Running { app, pod: made, server: Some(server) });
@@ -211,6 +235,16 @@ pub fn deployment(name: &str, replicas: u32, version: &str) -> Value {
             },
         },
     })
+}
+
+/// As [`service`], with a second port for datagrams.
+pub fn service_with_datagrams(name: &str) -> Value {
+    let mut service = service(name);
+    service["spec"]["ports"] = json!([
+        {"name": "http", "port": PORT, "targetPort": TARGET},
+        {"name": "dns", "port": PORT, "targetPort": TARGET, "protocol": "UDP"},
+    ]);
+    service
 }
 
 /// A service of both families with a NodePort.

@@ -155,6 +155,14 @@ impl Agent {
         self.place.ns().feed(command, "")
     }
 
+    /// A `shunt` subcommand on this node that is not waited for.
+    #[track_caller]
+    pub fn spawn_shunt(&self, words: &[&str]) -> Process {
+        let mut command = self.command(words[0]);
+        command.args(&words[1..]);
+        Process::start(&format!("shunt {} on {}", words[0], self.place.name()), command)
+    }
+
     fn command(&self, subcommand: &str) -> Command {
         let mut command = self.place.command(&self.program);
         command.arg(subcommand).arg("--bpffs").arg(&self.bpffs);

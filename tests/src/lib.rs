@@ -12,6 +12,7 @@
 //! | [`manifests`] | Services, EndpointSlices and Nodes as files |
 //! | [`agent`] | the agent under test |
 //! | [`tables`] | what its tables say, as it shows them |
+//! | `held` | what it holds in the kernel |
 //! | [`control_plane`] | a real Kubernetes control plane, and kubelets that are not real |
 //! | [`packet`], [`nat`] | packets from bytes, and what a node must make of them: written apart from the datapath |
 //! | [`wait`] | polling for a condition |
@@ -25,6 +26,8 @@ pub mod bed;
 pub mod bench;
 pub mod cgroup;
 pub mod control_plane;
+#[cfg(feature = "datapath")]
+pub mod held;
 pub mod manifests;
 pub mod nat;
 pub mod netns;

@@ -12,6 +12,8 @@
 //! | [`refusal`] | who is refused, who is dropped, and what counts it |
 //! | [`change`] | endpoints and frontends that come and go under traffic |
 //! | [`layout`] | tables of another version, of other sizes, under traffic |
+//! | [`handover`] | a successor takes over: connections end in their own time, new ones are its own |
+//! | [`lifetime`] | agents that die and are replaced every second, under load |
 //! | [`flood`] | a million forged SYNs beside live connections |
 //! | [`xdp`] | the same with XDP on the uplink |
 //!
@@ -22,7 +24,9 @@ mod change;
 mod flood;
 mod fragment;
 mod hairpin;
+mod handover;
 mod layout;
+mod lifetime;
 mod ports;
 mod reach;
 mod refusal;

@@ -88,7 +88,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
     if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
         let key = tuple.snat_key();
         if let Some(flow) = flows.established(&key) {
-            return Some(Verdict::Rewrite(to_peer(flow)));
+            return if packet.tcp_flags & tcp::SYN == 0 { Some(Verdict::Rewrite(to_peer(flow))) } else { None };
         }
         if let Some(flow) = flows.pending(&key)
             && Hold(flow.hot()).has_left()
@@ -374,9 +374,13 @@ const fn tells_of_clash(packet: &Parsed, state: u32) -> bool {
 /// True if the backend took the SYN of a flow with a rewritten source for one of another connection with the same ends (a
 /// forged one that it still waits for, say): what it sends then is the stack's affair, which resets such a connection or
 /// knows it; the next SYN of the flow avoids the clash.
+///
+/// True also for the SYN-ACK that follows the end of a flow: somebody else translates connections to addresses of this node
+/// (a CNI's masquerade, a kube-proxy), knows nothing of our ports, and has taken this one. It has it from now on.
 #[inline(never)]
 fn is_foreign<F: Flows>(flows: &F, packet: &Parsed, snat: FlowRef<'_>) -> bool {
-    if is_answer(packet, snat) {
+    let established = packet.tcp_flags & tcp::SYN != 0 && flows.established(&packet.tuple.snat_key()).is_some();
+    if is_answer(packet, snat) && !established {
         return false;
     }
     let tuple = Tuple {
@@ -388,8 +392,13 @@ fn is_foreign<F: Flows>(flows: &F, packet: &Parsed, snat: FlowRef<'_>) -> bool {
     };
     let Some(plain) = find(flows, &tuple.plain_key().0) else { return false };
     let hot = Hot::unpack(plain.hot());
+    if established && hot.is_finished() {
+        flows.remove(&packet.tuple.snat_key());
+        return true;
+    }
+    let is_proven = established || hot.state & Hot::ESTABLISHED != 0 || Proof(plain.proof()).is_some();
     // What tells the client of the clash is noted on its way out.
-    if hot.state & Hot::ESTABLISHED != 0 || Proof(plain.proof()).is_some() || tells_of_clash(packet, hot.state) {
+    if is_proven || tells_of_clash(packet, hot.state) {
         return false;
     }
     plain.set_hot(Hot { seen: hot.seen, state: hot.state | Hot::CLASH }.pack());

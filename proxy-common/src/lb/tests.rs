@@ -855,6 +855,25 @@ fn what_a_backend_says_to_another_connection_with_a_rewritten_source_is_the_stac
     reply(&world, &connection, tcp::ACK, 501);
 }
 
+/// A masquerade of the kernel's own takes the port of a rewritten source once the kernel's connection with it is over.
+#[test]
+fn a_connection_that_took_the_port_of_a_finished_flow_gets_its_answers() {
+    let mut world = World::new();
+    let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    let connection = open(&world, tuple("203.0.113.5", 40000, "192.0.2.1", 30080, Proto::TCP));
+    let answer = |flags| packet(&connection.seen.reversed(), flags, 900, 5, b"");
+    reply(&world, &connection, tcp::SYN | tcp::ACK, 500);
+    send(&world, &connection, tcp::FIN | tcp::ACK, 501);
+    reply(&world, &connection, tcp::FIN | tcp::ACK, 501);
+    reply(&world, &connection, tcp::FIN | tcp::ACK, 501);
+    for flags in [tcp::SYN | tcp::ACK, tcp::ACK, tcp::FIN | tcp::ACK] {
+        assert_eq!(enters(&world, answer(flags)), Ok(answer(flags)), "it belongs to the node now");
+    }
+    let again = open(&world, connection.dialled);
+    reply(&world, &again, tcp::ACK, 501);
+}
+
 #[test]
 fn flows_carry_on_for_a_node_port_that_was_removed() {
     let mut world = with_service(Proto::TCP);
@@ -865,6 +884,37 @@ fn flows_carry_on_for_a_node_port_that_was_removed() {
     reply(&world, &connection, tcp::ACK, 507);
     let syn = packet(&tuple("203.0.113.5", 4001, "192.0.2.1", 30080, Proto::TCP), tcp::SYN, 1, 0, b"");
     assert_eq!(enters(&world, syn.clone()), Ok(syn), "new ones are the node's own affair");
+}
+
+/// What the agent's tables are while it hands over: addresses are looked up for their flows alone.
+#[test]
+fn withdrawn_frontends_keep_their_flows_and_leave_new_connections_alone() {
+    let mut world = with_service(Proto::TCP);
+    let vips = [("10.96.0.10", 80), ("198.51.100.9", 80), ("192.0.2.1", 30080)];
+    let from = |port, (vip, dport)| tuple("203.0.113.5", port, vip, dport, Proto::TCP);
+    let connections = vips.map(|vip| open(&world, from(4000, vip)));
+    let begun = vips.map(|vip| dial(&world, from(5000, vip)).expect("a service"));
+    world.config.service_cidr_count = 0;
+    world.frontends.clear();
+    for vip in ["10.96.0.10", "198.51.100.9"] {
+        world.addresses.borrow_mut().insert(addr(vip), AddressClass { flags: AddressClass::FLOWS });
+    }
+    world.addresses.borrow_mut().insert(addr("192.0.2.1"), AddressClass { flags: AddressClass::NODE });
+    for connection in &connections {
+        send(&world, connection, tcp::ACK, 507);
+        reply(&world, connection, tcp::ACK, 507);
+    }
+    for connection in &begun {
+        reply(&world, connection, tcp::SYN | tcp::ACK, 500);
+        send(&world, connection, tcp::ACK, 501);
+    }
+    for flags in [tcp::SYN, tcp::ACK] {
+        for vip in vips.into_iter().chain([("10.96.0.10", 81), ("10.96.0.99", 80)]) {
+            let theirs = packet(&from(6000, vip), flags, 1, 1, b"");
+            assert_eq!(enters(&world, theirs.clone()), Ok(theirs.clone()), "{vip:?}");
+            assert_eq!(leaves(&world, theirs.clone()), Ok(theirs), "{vip:?}");
+        }
+    }
 }
 
 #[test]

@@ -45,6 +45,20 @@ Examples:
 The agent can be stopped, killed and replaced at any moment: what it has programmed stays pinned below --bpffs and goes
 on working, and the next agent takes it over. `shunt cleanup` removes it.";
 
+const CLEANUP_HELP: &str = "\
+Examples:
+  shunt cleanup               everything goes at once, and with it the connections that packets made
+  shunt cleanup --drain 10m   hand over to a kube-proxy that runs already: new connections are its own from the first moment
+
+With --drain, start the successor first and stop the agent. Then:
+  - New connections, from sockets and from packets, pass untouched.
+  - Connections that packets made (`shunt flows`) keep their backends until they end, or until DURATION is over: what is
+    left then is broken.
+  - Connections of sockets that were translated when they connected go straight to their backends and outlive everything.
+    Only their displayed peer changes, from the service's address to the backend's, when the last hook goes.
+  - UDP sockets that are not connected leave their backends at once. A datagram flow ends when it pauses for two minutes.
+Interrupting is safe. Once more `shunt cleanup --drain` goes on where it was; `shunt agent` takes everything back.";
+
 /// Services in the kernel: virtual IPs, NodePorts and load-balancer addresses by eBPF, beside any network plugin
 #[derive(Debug, Parser)]
 #[command(name = "shunt", version, after_help = EXAMPLES, max_term_width = 120)]
@@ -66,8 +80,9 @@ enum Command {
     Backends(ShowArgs),
     /// Connections that packets made (translated sockets need no record)
     Flows(ShowArgs),
-    /// Detach and remove everything that is pinned; traffic to services stops
-    Cleanup(PinArgs),
+    /// Detach and remove everything that is pinned; traffic to services stops, or goes on by a successor with --drain
+    #[command(after_help = CLEANUP_HELP)]
+    Cleanup(CleanupArgs),
     /// Print the version and the layout of its tables
     Version,
     /// Print completions for a shell
@@ -89,6 +104,17 @@ struct PinArgs {
     /// As the agent's
     #[arg(long, value_name = "N", hide = true)]
     layout_version: Option<u32>,
+}
+
+/// What is removed, and how.
+#[derive(Debug, Args)]
+struct CleanupArgs {
+    #[command(flatten)]
+    pins: PinArgs,
+    /// First leave new connections to others and wait until those that are there have ended, at most this long (as in
+    /// 90s, 10m, 1h30m; without a value: as long as it takes)
+    #[arg(long, value_name = "DURATION", value_parser = cleanup::parse_duration)]
+    drain: Option<Option<std::time::Duration>>,
 }
 
 /// What is shown, and how.
@@ -160,7 +186,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Services(args) => show::services(&args),
         Command::Backends(args) => show::backends(&args),
         Command::Flows(args) => show::flows(&args),
-        Command::Cleanup(args) => cleanup::run(&args.bpffs),
+        Command::Cleanup(args) => cleanup::run(&args.pins.bpffs, args.drain),
         Command::Version => {
             print(&format!("shunt {}\ntable layout {}\n", env!("CARGO_PKG_VERSION"), proxy_common::abi::ABI_VERSION))
         }

@@ -172,6 +172,12 @@ pub fn detach_sockets(pins: &Pins) -> Result<(), Error> {
     Ok(())
 }
 
+/// Detaches the socket hooks that translate what sockets dial; those that undo it stay.
+pub fn detach_dialling(pins: &Pins) -> Result<(), pins::Error> {
+    let links = pins::list(&pins.cgroup_links())?;
+    links.iter().filter(|pin| direction_of(pin) == Direction::Forward).try_for_each(|pin| detach(pin))
+}
+
 /// Detaches everything that is pinned: what translates before what undoes. Returns how many links there were.
 pub fn detach_all(pins: &Pins) -> Result<usize, pins::Error> {
     let mut links = pins::list(&pins.xdp_links())?;
@@ -324,12 +330,13 @@ impl DeviceLinks {
         self.attached.keys().copied()
     }
 
-    /// Puts this agent's programs of one direction behind the links that an earlier agent left, in all devices.
+    /// Puts this agent's programs of one direction behind the links that an earlier agent left, in all devices. Those that
+    /// undo go to the others too: a packet that is translated at the first device may leave by the last one.
     pub fn replace(&mut self, network: &Network, facts: &NodeFacts, direction: Direction) -> Vec<Error> {
         let mut errors = Vec::new();
         for device in network.devices.values() {
             let Ok(attachment) = decide_attachment(device, &self.choice) else { continue };
-            if self.pin(device.index, direction).exists() {
+            if direction == Direction::Reverse || self.pin(device.index, direction).exists() {
                 errors.extend(self.attach_one(device, attachment, direction).err());
             }
             if direction == Direction::Forward && self.xdp_pin(device.index).exists() {

@@ -385,6 +385,13 @@ impl KernelMaps {
         self.config.put(&0, &config)
     }
 
+    /// From now on no address is a service's because of its range.
+    pub fn clear_service_cidrs(&self) -> Result<(), Error> {
+        let mut config = self.config()?;
+        config.service_cidr_count = 0;
+        self.config.put(&0, &config)
+    }
+
     /// The configuration of the programs.
     pub fn config(&self) -> Result<Config, Error> {
         Ok(self.config.get(&0)?.unwrap_or(Config::ZERO))

@@ -23,6 +23,8 @@
 //! | [`inspect`] | tables and attachments in words |
 //! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
+//! | [`predecessor`], [`netfilter`] | what a kube-proxy that is replaced has open goes on without it |
+//! | [`withdraw`] | frontends go, flows stay: before a successor takes over |
 //! | [`fake`] | tables for tests |
 //! | [`maps`] | the tables as the reconciler writes them |
 //!
@@ -49,12 +51,15 @@ pub mod kfunc;
 pub mod layout;
 pub mod maps;
 pub mod metrics;
+pub mod netfilter;
 pub mod network;
 pub mod node;
 pub mod object;
 pub mod pins;
+pub mod predecessor;
 pub mod progress;
 pub mod reconcile;
 pub mod restore;
 pub mod sweep;
 pub mod sys;
+pub mod withdraw;

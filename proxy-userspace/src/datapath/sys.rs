@@ -548,6 +548,37 @@ pub fn trim_heap() {
     }
 }
 
+/// A netlink socket to netfilter of the calling thread's network namespace.
+pub struct NetfilterSocket(OwnedFd);
+
+impl NetfilterSocket {
+    /// A fresh one.
+    pub fn open() -> io::Result<Self> {
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_NETFILTER) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Sends messages to the kernel.
+    pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: a live buffer and its length.
+        let sent = unsafe { libc::send(self.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Waits for messages of the kernel; bytes written to the front of `buffer`.
+    pub fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        // SAFETY: a live buffer and its length.
+        let received = unsafe { libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        if received < 0 { Err(io::Error::last_os_error()) } else { Ok(received as usize) }
+    }
+}
+
 /// A memory-mapped array: stretches of `stride` bytes, read and written as words.
 pub struct MappedWords {
     words: *mut std::sync::atomic::AtomicU64,
