@@ -29,7 +29,7 @@ use crate::datapath::object::OBJECT;
 use crate::datapath::pins::{LOADED_NOTE, Pins};
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{node, predecessor, restore, sweep, sys};
+use crate::datapath::{node, other_proxies, predecessor, restore, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::health::Health;
 use crate::model::{NodeFacts, SourceSpec, Update, Writer};
@@ -139,6 +139,9 @@ async fn build(
     let loaded = kernel::load(OBJECT, pins, &config.sizes)?;
     kernel::probe_tcx(loaded.programs.get("ingress")?)?;
     tell_loaded(&loaded);
+    for proxy in other_proxies::find() {
+        warn!("{proxy} are on this node and would translate services beside shunt: {}", proxy.advice());
+    }
     node::reserve_ports(pins, &config.snat_ports)?;
     for path in node::forwarding_off() {
         warn!(path, "forwarding is off: packets of pods and outside clients are not served in this family");

@@ -9,6 +9,7 @@ mod cleanup;
 mod devices;
 mod lifetime;
 mod node;
+mod other_proxies;
 mod predecessor;
 mod tables;
 mod takeover;

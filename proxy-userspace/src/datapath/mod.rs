@@ -15,6 +15,7 @@
 //! | [`attach`] | links to control group and devices |
 //! | [`device`] | which devices get which programs: a pure decision |
 //! | [`network`] | devices and addresses of the node, live |
+//! | [`other_proxies`] | traces of other service proxies |
 //! | [`node`] | facts about this node, reserved source ports |
 //! | [`reconcile`] | the only writer: snapshot to plan to tables |
 //! | [`backlog`] | operations that were refused, and those behind them |
@@ -55,6 +56,7 @@ pub mod netfilter;
 pub mod network;
 pub mod node;
 pub mod object;
+pub mod other_proxies;
 pub mod pins;
 pub mod predecessor;
 pub mod progress;

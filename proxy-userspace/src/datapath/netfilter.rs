@@ -1,5 +1,5 @@
-//! The two things that Shunt asks of netfilter, over netlink: which connections the kernel translates the destination of,
-//! and that it goes on doing so.
+//! What Shunt asks of netfilter, over netlink: which connections the kernel translates the destination of, that it goes on
+//! doing so, and which chains there are.
 //!
 //! The kernel translates by hooks that it registers with the first NAT chain of a network namespace and removes with the
 //! last one, and it tracks connections while some rule asks about them: a kube-proxy that takes its rules away takes the
@@ -52,6 +52,7 @@ const IPS_DST_NAT: u32 = 1 << 5;
 const NEW_TABLE: u16 = NF_TABLES;
 const DELETE_TABLE: u16 = NF_TABLES | 2;
 const NEW_CHAIN: u16 = NF_TABLES | 3;
+const GET_CHAIN: u16 = NF_TABLES | 4;
 const NEW_RULE: u16 = NF_TABLES | 6;
 const TABLE_NAME: u16 = 1;
 const CHAIN_TABLE: u16 = 1;
@@ -147,17 +148,38 @@ pub fn has_translated(mut is_ours: impl FnMut(Dialled) -> bool) -> io::Result<bo
     // Older kernels do not heed the two and list all connections.
     request.attribute(CTA_STATUS, &IPS_DST_NAT.to_be_bytes());
     request.attribute(CTA_STATUS_MASK, &IPS_DST_NAT.to_be_bytes());
+    let mut found = false;
+    dump(request, |body| found = found || translated(body).is_some_and(&mut is_ours))?;
+    Ok(found)
+}
+
+/// Table and name of every chain of nf_tables, those of iptables among them.
+pub fn chains() -> io::Result<Vec<(String, String)>> {
+    let mut chains = Vec::new();
+    dump(Message::new(GET_CHAIN, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| chains.extend(parse_chain(body)))?;
+    Ok(chains)
+}
+
+fn parse_chain(body: &[u8]) -> Option<(String, String)> {
+    let text = |wanted| {
+        let (_, value) = attributes(body.get(HEADER..)?).find(|(kind, _)| *kind == wanted)?;
+        String::from_utf8(value.strip_suffix(&[0]).unwrap_or(value).to_vec()).ok()
+    };
+    Some((text(CHAIN_TABLE)?, text(CHAIN_NAME)?))
+}
+
+/// Calls `visit` with every element of a list.
+fn dump(request: Message, mut visit: impl FnMut(&[u8])) -> io::Result<()> {
     let socket = NetfilterSocket::open()?;
     socket.send(&request.finish())?;
-    let mut found = false;
     let mut buffer = vec![0; 1 << 16];
     loop {
         let length = socket.receive(&mut buffer)?;
         for (kind, body) in messages(&buffer[..length]) {
             match kind {
-                NLMSG_DONE => return Ok(found),
+                NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => answer(body)?,
-                _ => found = found || translated(body).is_some_and(&mut is_ours),
+                _ => visit(body),
             }
         }
     }
@@ -340,6 +362,19 @@ mod tests {
         let dialled = |addr| Some(Dialled { addr, port: Port(53), proto: Proto::UDP });
         let wanted = [dialled(Ipv4Addr::new(10, 96, 0, 10).into()), dialled(v6.into()), None];
         assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn a_chain_tells_its_table_and_its_name() {
+        let mut message = Message::new(NEW_CHAIN, 0, 1, NFPROTO_INET);
+        message.text(CHAIN_TABLE, "nat");
+        message.text(CHAIN_NAME, "KUBE-SERVICES");
+        let bytes = message.finish();
+        let found: Vec<_> = messages(&bytes).filter_map(|(_, body)| parse_chain(body)).collect();
+        assert_eq!(found, [("nat".to_owned(), "KUBE-SERVICES".to_owned())]);
+        for end in 0..bytes.len() {
+            assert_eq!(messages(&bytes[..end]).filter_map(|(_, body)| parse_chain(body)).count(), 0, "{end} bytes");
+        }
     }
 
     #[test]
