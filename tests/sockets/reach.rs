@@ -20,9 +20,7 @@ fn assert_answer(rig: &Rig, from: &Place, socket: Socket, to: SocketAddr, answer
     let pod = rig.node().pods.iter().find(|pod| pod.place.name() == answer.server);
     let pod = pod.unwrap_or_else(|| panic!("{case}: {} is no endpoint", answer.server));
     let family = if to.is_ipv4() { Family::V4 } else { Family::V6 };
-    // The kernel asks for the address of a path, and shows that of the connection: the two sockets share no memory.
-    let shown = if socket == Socket::TcpMultipath { pod.addrs.port(family, socket.target()) } else { to };
-    assert_eq!(answer.peer, shown, "{case}: the client sees what it dialled");
+    assert_eq!(answer.peer, socket.shown(to, answer), "{case}: the client sees what it dialled");
     assert_eq!(
         answer.seen_server,
         pod.addrs.port(family, socket.target()),

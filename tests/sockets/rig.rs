@@ -163,6 +163,12 @@ impl Socket {
         matches!(self, Self::TcpMapped | Self::UdpConnectedMapped | Self::UdpMapped)
     }
 
+    /// What it shows as its peer after dialling. For Multipath TCP the kernel asks the hooks for the address of a path, and
+    /// shows that of the connection: the two sockets share no memory.
+    pub fn shown(self, dialled: SocketAddr, answer: &Answer) -> SocketAddr {
+        if self == Self::TcpMultipath { answer.seen_server } else { dialled }
+    }
+
     /// Where services listen for it.
     pub fn port(self) -> u16 {
         if self.is_tcp() { TCP_PORT } else { UDP_PORT }

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use proxy_common::abi::config::MAX_CIDRS;
 use proxy_common::addr::Addr;
 
 use super::backlog::Backlog;
@@ -64,6 +65,8 @@ pub struct Reconciler<M> {
     /// How many of them, from the first on, no program can read any more.
     unread: usize,
     problems: BTreeMap<ServiceKey, Vec<Problem>>,
+    /// Prefixes that did not fit: kind and number.
+    left_out: Vec<(&'static str, usize)>,
     plans: u64,
 }
 
@@ -84,13 +87,29 @@ impl<M: Maps> Reconciler<M> {
             retiring: VecDeque::new(),
             unread: 0,
             problems: BTreeMap::new(),
+            left_out: Vec::new(),
             plans: 0,
         }
     }
 
     /// Makes the tables say what `snapshot` wants. Returns how many operations that took.
     pub fn advance(&mut self, snapshot: &Arc<Snapshot>) -> usize {
-        self.plan(|state| state.advance(snapshot))
+        let count = self.plan(|state| state.advance(snapshot));
+        self.note_left_out();
+        count
+    }
+
+    /// Tells which prefixes of this node's configuration did not fit, when that changes.
+    fn note_left_out(&mut self) {
+        let node = self.state.as_ref().and_then(State::node);
+        let left_out = node.map(|node| node.cidrs_left_out.clone()).unwrap_or_default();
+        if left_out == self.left_out {
+            return;
+        }
+        for (kind, count) in &left_out {
+            warn!(kind, count, most = MAX_CIDRS, "there are more prefixes than fit; the last ones are left out");
+        }
+        self.left_out = left_out;
     }
 
     /// Forgets an address that no flow uses any more.
