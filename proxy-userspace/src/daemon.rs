@@ -5,6 +5,7 @@
 //! sources ─updates─▶ store ─snapshots─▶ reconciler ─status─▶ attachments, readiness
 //! ```
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,12 +33,14 @@ use crate::datapath::reconcile::{self, Reconciler, Status};
 use crate::datapath::{node, restore, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::health::Health;
-use crate::model::{NodeFacts, SourceSpec, Update, Writer};
+use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
 use crate::planner::{SnatPorts, State};
+use crate::source::contact::Contact;
 use crate::source::kubernetes::{self, Kubernetes};
 use crate::source::manifests::{self, Manifests};
 use crate::telemetry::http::{Handler, Server};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::source::Sources;
 use crate::telemetry::{admin, process, status};
 use proxy_common::abi::config::Config as ProgramConfig;
 
@@ -161,7 +164,10 @@ async fn build(
     let reporter = Reporter::default();
     reporter.register(&mut registry);
     let progress = reporter.watch();
-    status::register(&mut registry, sources.iter().map(|spec| spec.id), status.clone(), snapshots.clone());
+    let contacts: BTreeMap<SourceId, Contact> = sources.iter().map(|spec| (spec.id, Contact::default())).collect();
+    let watched = contacts.iter().map(|(id, contact)| (*id, contact.watch())).collect();
+    let reports = Sources::new(snapshots.clone(), watched);
+    status::register(&mut registry, sources.iter().map(|spec| spec.id), status.clone(), reports.clone());
     let reconciler = reconcile::Task {
         reconciler: Reconciler::new(maps, state),
         snapshots,
@@ -209,15 +215,16 @@ async fn build(
         sweep.run(its_drain).await;
         Ok(())
     });
-    let admin = admin::serve(config.admin_socket.clone(), status.clone());
+    let admin = admin::serve(config.admin_socket.clone(), status.clone(), reports);
     parts.spawn("admin socket", drained(drain.clone(), async { Ok(admin.await?) }));
     parts.spawn("readiness", drained(drain.clone(), announce(status, attached, config.ready_file.clone())));
     if let Some(folder) = &config.manifests {
-        let source = Manifests::new(folder.clone(), updates_sender.clone());
+        let source = Manifests::new(folder.clone(), updates_sender.clone(), contacts[&manifests::SPEC.id].clone());
         parts.spawn("manifests", drained(drain.clone(), async { Ok(source.run().await?) }));
     }
     if let Some(access) = &config.kubernetes {
-        let source = Kubernetes::new(access.clone(), config.facts.name.clone(), updates_sender.clone());
+        let contact = contacts[&kubernetes::SPEC.id].clone();
+        let source = Kubernetes::new(access.clone(), config.facts.name.clone(), updates_sender.clone(), contact);
         parts.spawn("kubernetes", drained(drain.clone(), async { Ok(source.run().await?) }));
     }
     // The store ends when the last source does.

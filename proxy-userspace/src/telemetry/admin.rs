@@ -1,6 +1,6 @@
 //! The admin socket: whoever connects gets the agent's status as one JSON object, and the connection ends.
 //!
-//! Only what the tables cannot tell: what was refused, what services do not get, which sources have not listed.
+//! Only what the tables cannot tell: how sources stand, what was refused, what services do not get.
 //! May touch: its socket.
 
 use std::io::{self, Read as _};
@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt as _;
@@ -16,6 +16,7 @@ use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tracing::debug;
 
+use super::source::{SourceReport, Sources};
 use crate::datapath::reconcile::Status;
 use crate::planner::Subject;
 
@@ -42,11 +43,14 @@ pub enum Error {
 
 /// Status as text, for people and programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Report {
     /// Everything that the sources listed is programmed.
     pub ready: bool,
     /// Sources whose first list is not complete.
     pub pending_sources: Vec<String>,
+    /// The configured sources.
+    pub sources: Vec<SourceReport>,
     /// Changes that a table refused; they are tried again.
     pub refused: Vec<Trouble>,
     /// What services ask for and do not get.
@@ -62,8 +66,8 @@ pub struct Trouble {
     pub message: String,
 }
 
-impl From<&Status> for Report {
-    fn from(status: &Status) -> Self {
+impl Report {
+    fn new(status: &Status, sources: Vec<SourceReport>) -> Self {
         let refused = status.failures.iter().map(|failure| Trouble {
             subject: subject_text(&failure.subject),
             message: format!("{} (tried {} times, {} changes wait)", failure.error, failure.attempts, failure.waiting),
@@ -74,6 +78,7 @@ impl From<&Status> for Report {
         Self {
             ready: status.is_ready,
             pending_sources: status.pending.iter().map(ToString::to_string).collect(),
+            sources,
             refused: refused.collect(),
             problems: problems.collect(),
         }
@@ -89,12 +94,12 @@ fn subject_text(subject: &Subject) -> String {
 }
 
 /// Listens for ever. A socket that an earlier agent left is replaced: the lock on the pins says that it is dead.
-pub async fn serve(path: PathBuf, status: watch::Receiver<Arc<Status>>) -> Result<(), Error> {
+pub async fn serve(path: PathBuf, status: watch::Receiver<Arc<Status>>, sources: Sources) -> Result<(), Error> {
     let listener = listen(&path).map_err(|source| Error::Listen { path: path.clone(), source })?;
     loop {
         let (mut connection, _) =
             listener.accept().await.map_err(|source| Error::Listen { path: path.clone(), source })?;
-        let report = Report::from(&**status.borrow());
+        let report = Report::new(&status.borrow().clone(), sources.report(SystemTime::now()));
         let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
         let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
@@ -131,14 +136,20 @@ pub fn ask(path: &Path) -> Result<Report, Error> {
 mod tests {
     use super::*;
     use crate::datapath::reconcile::Failure;
-    use crate::model::SourceId;
+    use crate::model::{Name, NodeFacts, Snapshot, SourceId};
+    use crate::source::contact::Contact;
 
     #[tokio::test(flavor = "multi_thread")]
     async fn whoever_asks_gets_the_status_of_now() {
         let directory = std::env::temp_dir().join(format!("shunt-admin-{}", std::process::id()));
         let path = directory.join("agent.sock");
         let (sender, status) = watch::channel(Arc::new(Status::default()));
-        let server = tokio::spawn(serve(path.clone(), status));
+        let facts = Arc::new(NodeFacts::named(Name::from("n")));
+        let (_snapshot, snapshots) = watch::channel(Arc::new(Snapshot::empty(facts, [SourceId::Manifests])));
+        let contact = Contact::default();
+        contact.lost("the folder", "gone".into());
+        let sources = Sources::new(snapshots, [(SourceId::Manifests, contact.watch())].into());
+        let server = tokio::spawn(serve(path.clone(), status, sources));
         let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
         sender.send_replace(Arc::new(Status {
             is_ready: true,
@@ -153,6 +164,9 @@ mod tests {
         let report = tokio::task::spawn_blocking(move || ask(&asked)).await.unwrap().unwrap();
         assert!(report.ready);
         assert_eq!(report.pending_sources, ["manifests"]);
+        let source = &report.sources[0];
+        assert_eq!((source.name.as_str(), source.listed, source.stale), ("manifests", false, true));
+        assert_eq!((source.last_contact_age, source.outages[0].why.as_str()), (None, "gone"));
         assert_eq!(report.refused[0].message, "full (tried 2 times, 3 changes wait)");
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         server.abort();

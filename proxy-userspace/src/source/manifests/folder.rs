@@ -19,8 +19,6 @@ pub struct Folder {
     owners: BTreeMap<ObjectKey, BTreeSet<String>>,
     /// Objects that several files have.
     contested: BTreeSet<ObjectKey>,
-    /// What is wrong with the folder itself.
-    own_problem: Option<ObjectProblem>,
 }
 
 /// A file, as last read.
@@ -47,7 +45,7 @@ impl Folder {
     pub fn problems(&self) -> Arc<[ObjectProblem]> {
         let of_files = self.files.values().flat_map(|file| file.problems.iter().cloned());
         let contested = self.contested.iter().flat_map(|key| self.doubles(key));
-        self.own_problem.iter().cloned().chain(of_files).chain(contested).collect()
+        of_files.chain(contested).collect()
     }
 
     fn doubles(&self, key: &ObjectKey) -> impl Iterator<Item = ObjectProblem> {
@@ -57,11 +55,6 @@ impl Folder {
             place: format!("{file}: {key}"),
             message: format!("is also in {winner}, which counts"),
         })
-    }
-
-    /// Takes what is wrong with the folder itself, or that nothing is any more.
-    pub fn set_own_problem(&mut self, problem: Option<ObjectProblem>) {
-        self.own_problem = problem;
     }
 
     /// Takes a file that cannot be read: what it had stays.

@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use super::folder::Folder;
 use super::parse::Format;
 use crate::model::{Event, ObjectProblem, SourceId, Update};
+use crate::source::contact::Contact;
 
 /// A file that was written so recently may be written on.
 const QUIET: Duration = Duration::from_secs(1);
@@ -26,6 +27,9 @@ const QUIET: Duration = Duration::from_secs(1);
 const REPLACEMENT: Duration = Duration::from_millis(100);
 /// How often everything is looked at without being told: for what links point to, network file systems, lost messages.
 const BACKSTOP: Duration = Duration::from_secs(5);
+
+/// What a source's contact is about.
+const FOLDER: &str = "the folder";
 
 /// Why the folder cannot be followed.
 #[derive(Debug, thiserror::Error)]
@@ -53,12 +57,13 @@ pub enum Error {
 pub struct Manifests {
     dir: PathBuf,
     updates: mpsc::Sender<Update>,
+    contact: Contact,
 }
 
 impl Manifests {
-    /// A source that tells `updates` what the manifests in `dir` say.
-    pub fn new(dir: PathBuf, updates: mpsc::Sender<Update>) -> Self {
-        Self { dir, updates }
+    /// A source that tells `updates` what the manifests in `dir` say, and `contact` whether they can be read.
+    pub fn new(dir: PathBuf, updates: mpsc::Sender<Update>, contact: Contact) -> Self {
+        Self { dir, updates, contact }
     }
 
     /// Lists the folder and follows it until nobody listens any more.
@@ -67,7 +72,7 @@ impl Manifests {
     pub async fn run(self) -> Result<(), Error> {
         let told = Arc::new(Told::default());
         let mut watch = Watch::open(&self.dir, told.clone())?;
-        let disk = Disk::new(self.dir.clone());
+        let disk = Disk::new(self.dir.clone(), self.contact.clone());
         let names = disk.names().map_err(|source| Error::List { dir: self.dir.clone(), source })?;
         let (mut disk, events) = on_disk(disk, |disk| disk.list(names)).await;
         info!(folder = %self.dir.display(), files = disk.stamps.len(), "manifests listed");
@@ -326,11 +331,12 @@ struct Disk {
     folder: Folder,
     stamps: BTreeMap<String, Stamp>,
     told: Arc<[ObjectProblem]>,
+    contact: Contact,
 }
 
 impl Disk {
-    fn new(dir: PathBuf) -> Self {
-        Self { dir, folder: Folder::default(), stamps: BTreeMap::new(), told: Arc::default() }
+    fn new(dir: PathBuf, contact: Contact) -> Self {
+        Self { dir, folder: Folder::default(), stamps: BTreeMap::new(), told: Arc::default(), contact }
     }
 
     /// Names of the manifests in the folder.
@@ -342,6 +348,7 @@ impl Disk {
 
     /// Reads files for the first time: complete lists, and what is wrong.
     fn list(&mut self, names: BTreeSet<String>) -> Vec<Event> {
+        self.contact.found(FOLDER);
         for name in names {
             self.look_at(&name, Look::AtOnce, &mut Vec::new());
         }
@@ -371,12 +378,14 @@ impl Disk {
         match self.names() {
             Ok(mut names) => {
                 names.extend(self.folder.files().map(str::to_owned));
-                self.folder.set_own_problem(None);
+                self.contact.found(FOLDER);
                 names
             }
             Err(error) => {
-                let message = format!("cannot be listed: {error}; what it held stays");
-                self.folder.set_own_problem(Some(ObjectProblem { place: self.dir.display().to_string(), message }));
+                let why = format!("{} cannot be listed: {error}", self.dir.display());
+                if self.contact.lost(FOLDER, why) {
+                    warn!(folder = %self.dir.display(), %error, "cannot list the folder of manifests; what it held stays");
+                }
                 BTreeSet::new()
             }
         }
@@ -445,14 +454,17 @@ fn is_quiet(metadata: &Metadata) -> bool {
 mod tests {
     use super::*;
     use crate::model::{Kind, Object};
+    use crate::source::contact::State;
     use notify::event::{CreateKind, DataChange};
     use std::os::unix::fs::symlink;
+    use tokio::sync::watch;
 
     /// A source on a folder of its own.
     struct Running {
         _dir: tempfile::TempDir,
         path: PathBuf,
         updates: mpsc::Receiver<Update>,
+        contact: watch::Receiver<State>,
     }
 
     fn service(port: u16) -> String {
@@ -475,8 +487,10 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = prepare(dir.path());
             let (sender, updates) = mpsc::channel(64);
-            tokio::spawn(Manifests::new(path.clone(), sender).run());
-            let mut running = Self { _dir: dir, path, updates };
+            let contact = Contact::default();
+            let state = contact.watch();
+            tokio::spawn(Manifests::new(path.clone(), sender, contact).run());
+            let mut running = Self { _dir: dir, path, updates, contact: state };
             for kind in Kind::ALL {
                 running.until(|event| *event == Event::InitDone(kind)).await;
             }
@@ -602,9 +616,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_folder_that_goes_away_is_told_and_takes_nothing_along() {
+        let prepare = |dir: &Path| {
+            fs::create_dir(dir.join("manifests")).unwrap();
+            plain(&dir.join("manifests"))
+        };
+        let mut running = Running::start(prepare).await;
+        let away = running.path.with_extension("away");
+        fs::rename(&running.path, &away).unwrap();
+        let state = running.contact.wait_for(|state| !state.outages.is_empty()).await.unwrap().clone();
+        assert!(state.outages[0].why.contains("manifests cannot be listed"), "{state:?}");
+        put(&away.join("web.yaml"), &service(2));
+        fs::rename(&away, &running.path).unwrap();
+        running.contact.wait_for(|state| state.outages.is_empty()).await.unwrap();
+        // The first news since the list: nothing was deleted meanwhile.
+        assert_eq!(running.port().await, 2);
+    }
+
+    #[tokio::test]
     async fn a_folder_that_is_not_there_is_an_error() {
         let (sender, _updates) = mpsc::channel(1);
-        let result = Manifests::new(PathBuf::from("/nowhere/to/be/found"), sender).run().await;
+        let result = Manifests::new(PathBuf::from("/nowhere/to/be/found"), sender, Contact::default()).run().await;
         assert!(result.unwrap_err().to_string().ends_with("/nowhere/to/be/found"));
     }
 
@@ -652,7 +684,7 @@ mod tests {
     fn a_file_that_was_just_written_is_left_alone_unless_it_is_known_to_be_whole() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("web.yaml"), service(1)).unwrap();
-        let mut disk = Disk::new(dir.path().to_owned());
+        let mut disk = Disk::new(dir.path().to_owned(), Contact::default());
         let mut unsettled = Vec::new();
         assert!(disk.look_at("web.yaml", Look::WhenQuiet, &mut unsettled).is_empty());
         assert_eq!(unsettled, ["web.yaml"]);
