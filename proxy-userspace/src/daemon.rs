@@ -30,7 +30,7 @@ use crate::datapath::object::OBJECT;
 use crate::datapath::pins::Pins;
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{node, restore, sweep, sys};
+use crate::datapath::{node, reserve, restore, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::health::Health;
 use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
@@ -142,7 +142,6 @@ async fn build(
     let loaded = kernel::load(OBJECT, pins, &config.sizes)?;
     kernel::probe_tcx(loaded.programs.get("ingress")?)?;
     tell_loaded(&loaded);
-    node::reserve_ports(pins, &config.snat_ports)?;
     for path in node::forwarding_off() {
         warn!(path, "forwarding is off: packets of pods and outside clients are not served in this family");
     }
@@ -151,6 +150,7 @@ async fn build(
     let sources = sources(config);
     let initial = facts.borrow().clone();
     let (writer, snapshots) = Writer::new(initial, &sources);
+    let reserved = reserve::Task::begin(pins, &config.snat_ports, snapshots.clone())?;
     let (updates_sender, updates) = mpsc::channel::<Update>(UPDATE_QUEUE);
 
     let netns = sys::netns_cookie().context("cannot read the network namespace's cookie")?;
@@ -161,9 +161,9 @@ async fn build(
     let (status_sender, status) = watch::channel(Arc::new(Status { pending, ..Status::default() }));
     let (unused_sender, unused) = mpsc::channel(16);
     let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
-    let reporter = Reporter::default();
-    reporter.register(&mut registry);
-    let progress = reporter.watch();
+    let reporter = Reporter::new(writer.triggers());
+    reporter.register(&mut registry, snapshots.clone());
+    let (progress, queue) = (reporter.watch(), reporter.note_queued(snapshots.clone()));
     let contacts: BTreeMap<SourceId, Contact> = sources.iter().map(|spec| (spec.id, Contact::default())).collect();
     let watched = contacts.iter().map(|(id, contact)| (*id, contact.watch())).collect();
     let reports = Sources::new(snapshots.clone(), watched);
@@ -204,8 +204,21 @@ async fn build(
         Ok(())
     });
     let its_drain = drain.clone();
+    parts.spawn(
+        "queue",
+        drained(its_drain, async {
+            queue.await;
+            Ok(())
+        }),
+    );
+    let its_drain = drain.clone();
     parts.spawn("reconciler", async {
         reconciler.run(its_drain).await;
+        Ok(())
+    });
+    let its_drain = drain.clone();
+    parts.spawn("reserved ports", async {
+        reserved.run(its_drain).await;
         Ok(())
     });
     let its_drain = drain.clone();

@@ -9,5 +9,7 @@ mod cleanup;
 mod devices;
 mod lifetime;
 mod node;
+mod reserve;
 mod tables;
 mod takeover;
+mod trouble;

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use crate::datapath::pins::{self, Pins};
-use crate::datapath::{attach, node};
+use crate::datapath::{attach, reserve};
 
 /// Detaches, unpins and undoes what lies below `bpffs`.
 pub(super) fn run(bpffs: &Path) -> Result<()> {
@@ -16,7 +16,7 @@ pub(super) fn run(bpffs: &Path) -> Result<()> {
     // An agent that runs would attach everything again.
     let lock = pins.lock().context("nothing was removed")?;
     let detached = attach::detach_all(&pins)?;
-    node::release_ports(&pins)?;
+    reserve::release(&pins)?;
     let layouts = pins.layouts()?;
     for directory in layouts.iter().chain([&pins.continuations()]) {
         pins::remove_layout(directory)?;

@@ -11,7 +11,8 @@
 //! | [`attach`] | links to control group and devices |
 //! | [`device`] | which devices get which programs: a pure decision |
 //! | [`network`] | devices and addresses of the node, live |
-//! | [`node`] | facts about this node, reserved source ports |
+//! | [`node`] | facts about this node |
+//! | [`reserve`] | ports that the kernel shall not give to local sockets |
 //! | [`reconcile`] | the only writer: snapshot to plan to tables |
 //! | [`backlog`] | operations that were refused, and those behind them |
 //! | [`progress`] | what the reconciler tells about its work |
@@ -20,6 +21,7 @@
 //! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
 //! | [`fake`] | tables for tests |
+//! | [`kept`] | marks of ports that flows keep |
 //! | [`maps`] | the tables as the reconciler writes them |
 //!
 //! No other part of the agent touches a map, a program or a link. Desired state comes in, status goes out.
@@ -30,6 +32,7 @@ pub mod btf;
 pub mod device;
 pub mod fake;
 pub mod inspect;
+pub mod kept;
 pub mod kernel;
 pub mod kfunc;
 pub mod maps;
@@ -40,6 +43,7 @@ pub mod object;
 pub mod pins;
 pub mod progress;
 pub mod reconcile;
+pub mod reserve;
 pub mod restore;
 pub mod sweep;
 pub mod sys;

@@ -291,7 +291,8 @@ impl<M: Maps> Task<M> {
             sys::trim_heap();
         }
         self.pending = snapshot.pending.clone();
-        self.reporter.applied((done > 0).then(|| start.elapsed()));
+        let (backlog, elapsed) = (&self.reconciler.backlog, (done > 0).then(|| start.elapsed()));
+        self.reporter.applied(elapsed, snapshot.changes, |service| backlog.blocks(&Subject::Service(service.clone())));
         debug!(operations = done, elapsed = ?start.elapsed(), "reconciled");
     }
 

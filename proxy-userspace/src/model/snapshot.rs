@@ -13,6 +13,15 @@ use super::update::ObjectProblem;
 /// Which cluster-wide object: who listed it, and its name.
 pub type ClusterKey = (SourceId, Name);
 
+/// Changes of objects that have entered the model since the start, counted.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Changes {
+    /// Of services.
+    pub services: u64,
+    /// Of endpoints.
+    pub endpoints: u64,
+}
+
 /// Desired state: immutable, cheap to clone; two of them are compared by pointer, in time proportional to what differs.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
@@ -28,6 +37,8 @@ pub struct Snapshot {
     pub facts: Arc<NodeFacts>,
     /// Configured sources whose first list is not complete: what the kernel has of them is kept as it is.
     pub pending: Arc<[SourceId]>,
+    /// How much has changed until now.
+    pub changes: Changes,
     /// What each source cannot use.
     pub problems: OrdMap<SourceId, Arc<[ObjectProblem]>>,
 }
@@ -42,6 +53,7 @@ impl Snapshot {
             service_cidrs: OrdMap::new(),
             facts,
             pending: sources.into_iter().collect(),
+            changes: Changes::default(),
             problems: OrdMap::new(),
         }
     }
