@@ -24,7 +24,7 @@ pub trait Tables {
     fn set_flows_of(&self, addr: &Addr);
     /// What a port of this node's addresses is used for.
     fn port_use(&self, port: Port) -> PortUse;
-    /// Marks a port of this node's addresses with one of [`PortUse`]'s uses, for good: one outside the configured range that
+    /// Marks a port of this node's addresses with one of [`PortUse`]'s uses while flows use it so: one outside the configured range that
     /// carries rewritten sources, or a NodePort that has flows.
     fn mark_port(&self, port: Port, usage: u64);
     /// The service behind a frontend.

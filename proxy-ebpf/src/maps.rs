@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage};
 use aya_ebpf::macros::btf_map;
-use proxy_common::abi::address::{AddressClass, PORT_WORDS, PortWord};
+use proxy_common::abi::address::{AddressClass, KEPT_WORDS, PORT_WORDS, PortWord};
 use proxy_common::abi::affinity::{AffinityKey, AffinityValue};
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::Config;
@@ -33,10 +33,10 @@ pub static addresses: HashMap<Addr, AddressClass, 262_144, ON_DEMAND> = HashMap:
 #[btf_map]
 pub static ports: Array<PortWord, { PORT_WORDS as usize }> = Array::new();
 
-/// What the programs add to `ports`: ports outside the agent's range that carry a rewritten source, NodePorts that have or
-/// had flows.
+/// What the programs add to `ports`: ports outside the agent's range that carry a rewritten source, NodePorts that have
+/// flows. The last word is the generation, see [`KEPT_WORDS`].
 #[btf_map]
-pub static kept_ports: Array<PortWord, { PORT_WORDS as usize }> = Array::new();
+pub static kept_ports: Array<PortWord, { KEPT_WORDS as usize + 1 }, MAPPED> = Array::new();
 
 /// Frontends. Set at load.
 #[btf_map]

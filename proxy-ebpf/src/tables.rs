@@ -4,7 +4,9 @@ use crate::{counter, maps};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_loop};
 use core::ffi::c_void;
-use proxy_common::abi::address::{AddressClass, PortUse, port_index};
+use proxy_common::abi::address::{
+    AddressClass, KEPT_GENERATION, KEPT_WORDS, PortUse, PortWord, kept_index, port_index,
+};
 use proxy_common::abi::affinity::{AffinityKey, AffinityValue};
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::Config;
@@ -67,9 +69,19 @@ pub fn search<F: FnMut(u32) -> bool>(tries: u32, found: F) -> bool {
 }
 
 #[inline(always)]
-fn port_use(word: Option<&proxy_common::abi::address::PortWord>, shift: u32) -> u64 {
+fn port_bits(word: Option<&PortWord>, shift: u32) -> u64 {
     match word {
-        Some(word) => word.bits >> shift & 3,
+        Some(word) => word.bits >> shift,
+        None => 0,
+    }
+}
+
+/// How far above those of generation 0 the marks of the current one lie.
+#[inline(always)]
+fn kept_generation() -> u32 {
+    match maps::kept_ports.get_ptr(KEPT_WORDS) {
+        // SAFETY: one aligned word; the agent changes it by one store.
+        Some(word) => (unsafe { (&raw const (*word).bits).read_volatile() } as u32 & 1) * KEPT_GENERATION,
         None => 0,
     }
 }
@@ -100,12 +112,16 @@ impl<C> Tables for Env<C> {
     #[inline(always)]
     fn port_use(&self, port: Port) -> PortUse {
         let (word, shift) = port_index(port);
-        PortUse(port_use(maps::ports.get(word), shift) | port_use(maps::kept_ports.get(word), shift))
+        let configured = port_bits(maps::ports.get(word), shift);
+        let (word, shift) = kept_index(port);
+        let kept = port_bits(maps::kept_ports.get(word), shift);
+        PortUse((configured | kept | kept >> KEPT_GENERATION) & (PortUse::NODE_PORT | PortUse::SNAT))
     }
 
     #[inline(always)]
     fn mark_port(&self, port: Port, usage: u64) {
-        let (word, shift) = port_index(port);
+        let (word, shift) = kept_index(port);
+        let shift = shift + kept_generation();
         if let Some(word) = maps::kept_ports.get_ptr_mut(word) {
             // Most are marked already; a locked write would take the word away from the other CPUs.
             // SAFETY: one aligned word.

@@ -5,6 +5,7 @@
 //! sources ─updates─▶ store ─snapshots─▶ reconciler ─status─▶ attachments, readiness
 //! ```
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,15 +30,17 @@ use crate::datapath::object::OBJECT;
 use crate::datapath::pins::{LOADED_NOTE, Pins};
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{node, other_proxies, predecessor, restore, sweep, sys};
+use crate::datapath::{node, other_proxies, predecessor, reserve, restore, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::health::Health;
-use crate::model::{NodeFacts, SourceSpec, Update, Writer};
+use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
 use crate::planner::{SnatPorts, State};
+use crate::source::contact::Contact;
 use crate::source::kubernetes::{self, Kubernetes};
 use crate::source::manifests::{self, Manifests};
 use crate::telemetry::http::{Handler, Server};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::source::Sources;
 use crate::telemetry::{admin, process, status};
 use proxy_common::abi::config::Config as ProgramConfig;
 
@@ -142,7 +145,6 @@ async fn build(
     for proxy in other_proxies::find() {
         warn!("{proxy} are on this node and would translate services beside shunt: {}", proxy.advice());
     }
-    node::reserve_ports(pins, &config.snat_ports)?;
     for path in node::forwarding_off() {
         warn!(path, "forwarding is off: packets of pods and outside clients are not served in this family");
     }
@@ -151,6 +153,7 @@ async fn build(
     let sources = sources(config);
     let initial = facts.borrow().clone();
     let (writer, snapshots) = Writer::new(initial, &sources);
+    let reserved = reserve::Task::begin(pins, &config.snat_ports, snapshots.clone())?;
     let (updates_sender, updates) = mpsc::channel::<Update>(UPDATE_QUEUE);
 
     let netns = sys::netns_cookie().context("cannot read the network namespace's cookie")?;
@@ -162,10 +165,13 @@ async fn build(
     let (unused_sender, unused) = mpsc::channel(16);
     let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
     let predecessor = predecessor::Task::open(pins, &loaded.maps)?;
-    let reporter = Reporter::default();
-    reporter.register(&mut registry);
-    let progress = reporter.watch();
-    status::register(&mut registry, sources.iter().map(|spec| spec.id), status.clone(), snapshots.clone());
+    let reporter = Reporter::new(writer.triggers());
+    reporter.register(&mut registry, snapshots.clone());
+    let (progress, queue) = (reporter.watch(), reporter.note_queued(snapshots.clone()));
+    let contacts: BTreeMap<SourceId, Contact> = sources.iter().map(|spec| (spec.id, Contact::default())).collect();
+    let watched = contacts.iter().map(|(id, contact)| (*id, contact.watch())).collect();
+    let reports = Sources::new(snapshots.clone(), watched);
+    status::register(&mut registry, sources.iter().map(|spec| spec.id), status.clone(), reports.clone());
     let reconciler = reconcile::Task {
         reconciler: Reconciler::new(maps, state),
         snapshots,
@@ -212,8 +218,21 @@ async fn build(
         Ok(())
     });
     let its_drain = drain.clone();
+    parts.spawn(
+        "queue",
+        drained(its_drain, async {
+            queue.await;
+            Ok(())
+        }),
+    );
+    let its_drain = drain.clone();
     parts.spawn("reconciler", async {
         reconciler.run(its_drain).await;
+        Ok(())
+    });
+    let its_drain = drain.clone();
+    parts.spawn("reserved ports", async {
+        reserved.run(its_drain).await;
         Ok(())
     });
     let its_drain = drain.clone();
@@ -224,18 +243,19 @@ async fn build(
         Ok(())
     });
     parts.spawn("predecessor", drained(drain.clone(), async { Ok(predecessor.run().await?) }));
-    let admin = admin::serve(config.admin_socket.clone(), status.clone(), refused);
+    let admin = admin::serve(config.admin_socket.clone(), status.clone(), reports, refused);
     parts.spawn("admin socket", drained(drain.clone(), async { match admin.await {} }));
     parts.spawn(
         "readiness",
         drained(drain.clone(), announce(status, attached, pins.clone(), config.ready_file.clone())),
     );
     if let Some(folder) = &config.manifests {
-        let source = Manifests::new(folder.clone(), updates_sender.clone());
+        let source = Manifests::new(folder.clone(), updates_sender.clone(), contacts[&manifests::SPEC.id].clone());
         parts.spawn("manifests", drained(drain.clone(), async { Ok(source.run().await?) }));
     }
     if let Some(access) = &config.kubernetes {
-        let source = Kubernetes::new(access.clone(), config.facts.name.clone(), updates_sender.clone());
+        let contact = contacts[&kubernetes::SPEC.id].clone();
+        let source = Kubernetes::new(access.clone(), config.facts.name.clone(), updates_sender.clone(), contact);
         parts.spawn("kubernetes", drained(drain.clone(), async { Ok(source.run().await?) }));
     }
     // The store ends when the last source does.

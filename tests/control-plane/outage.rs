@@ -23,12 +23,25 @@ fn traffic_outlives_the_api_server_and_news_come_when_it_returns() {
     rig.plane.halt(Part::ApiServer);
     rig.agents.iter().for_each(|agent| drop(agent.wait_log("no news from the API server")));
     loads.iter_mut().for_each(|load| drop(load.wait_answers(50)));
+    // It is told, and is no reason to take the node out of service: what was known stays programmed.
+    for (node, agent) in rig.agents.iter().enumerate() {
+        let source = agent.report()["sources"][0].clone();
+        assert_eq!((&source["name"], &source["listed"]), (&"kubernetes".into(), &true.into()), "{source}");
+        assert_eq!(source["stale"], true, "{source}");
+        assert!(source["outages"][0]["why"].as_str().is_some_and(|why| why.contains("cannot be reached")), "{source}");
+        assert!(source["objects"]["Service"].as_u64() >= Some(2), "{source}");
+        assert_eq!(rig.scrape(node, "shunt_source_stale"), [r#"shunt_source_stale{source="kubernetes"} 1"#]);
+        assert!(rig.get(node, 10256, "/readyz").ends_with("ready\n"));
+    }
     rig.plane.resume(Part::ApiServer);
     rig.agents.iter().for_each(|agent| drop(agent.wait_log("the API server answers again")));
     api.create(&deployment("steady", 1, "1")).expect("the deployment is accepted");
     api.create(&service("steady")).expect("the service is accepted");
     rig.wait_backends("steady", 1);
     rig.wait_backends("web", 2);
+    for agent in &rig.agents {
+        until("that nothing is stale", || agent.report()["sources"][0]["stale"] == false);
+    }
     for load in loads {
         load.finish_clean();
     }

@@ -1,7 +1,8 @@
 //! A control plane, two nodes with agents that follow it, and pods that are namespaces with servers.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::{Value, json};
@@ -88,6 +89,26 @@ impl Rig {
         let cluster = self.pods.cluster();
         let addrs = cluster.nodes.iter().map(|node| node.addrs);
         addrs.flat_map(|addrs| Family::ALL.map(|family| addrs.port(family, port))).collect()
+    }
+
+    /// The answer of a node's agent to a request from the node itself.
+    #[track_caller]
+    pub fn get(&self, node: usize, port: u16, path: &str) -> String {
+        let place = self.pods.cluster().nodes[node].place.clone();
+        let ask = || {
+            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).map(|_| text)
+        };
+        place.run(ask).unwrap_or_else(|error| panic!("GET {path} on port {port} of node {node}: {error}"))
+    }
+
+    /// The samples of a metric of a node's agent, as they are written.
+    #[track_caller]
+    pub fn scrape(&self, node: usize, metric: &str) -> Vec<String> {
+        let text = self.get(node, 10249, "/metrics");
+        text.lines().filter(|line| line.starts_with(metric)).map(str::to_owned).collect()
     }
 
     /// To which addresses the tables of a node lead the clients of a service.

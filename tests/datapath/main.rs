@@ -11,6 +11,8 @@ mod lifetime;
 mod node;
 mod other_proxies;
 mod predecessor;
+mod reserve;
 mod tables;
 mod takeover;
+mod trouble;
 mod xdp;

@@ -3,8 +3,12 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use proxy_common::abi::address::{KEPT_GENERATION, kept_index};
 use proxy_common::abi::device::DeviceRecord;
+use proxy_common::addr::{self, Addr, Port};
+use proxy_common::lb::tuple::Tuple;
 use proxy_common::verdict::DropReason;
+use proxy_userspace::datapath::{sweep, sys};
 use shunt_tests::nat::{Bridge, Expected, Facts, Hook, Nat, Set, Spot, check_answer};
 use shunt_tests::netns::Netns;
 use shunt_tests::packet::{Error, Link, Packet, assert_frame, error, flag, hex};
@@ -157,6 +161,38 @@ impl Lab {
         }
         self.tables.replace(&self.datapath.maps, &services);
         self.nat.set_services(services);
+    }
+
+    /// A round of the sweep that looks at ports.
+    pub fn sweep(&self) -> sweep::Outcome {
+        let (unused, _receiver) = tokio::sync::mpsc::channel(16);
+        let mut sweep = sweep::Task::open(&self.datapath.maps, unused).expect("the tables can be opened");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        runtime.block_on(sweep.round(true)).expect("the tables can be swept")
+    }
+
+    /// What the programs have marked a port for, whichever generation.
+    pub fn marks(&self, port: u16) -> u64 {
+        let (word, shift) = kept_index(Port(port));
+        let mut bits = [0_u64];
+        let map = self.datapath.maps.get("kept_ports").expect("the object has it");
+        sys::map_lookup(map, &word, &mut bits).expect("every port has its word");
+        (bits[0] | bits[0] >> KEPT_GENERATION) >> shift & 3
+    }
+
+    /// Takes the entries of a rewritten source out of the tables.
+    pub fn forget_source(&self, proto: Proto, backend: SocketAddr, source: SocketAddr) {
+        let end = |at: SocketAddr| (Addr::from(at.ip()), Port(at.port()).be());
+        let ((src, sport), (dst, dport)) = (end(backend), end(source));
+        let proto = match proto {
+            Proto::Tcp => addr::Proto::TCP,
+            Proto::Udp => addr::Proto::UDP,
+        };
+        let key = Tuple { src, sport, dst, dport, proto }.snat_key();
+        for table in ["flows", "flows_pending"] {
+            let map = self.datapath.maps.get(table).expect("the object has it");
+            sys::map_delete(map, &key).expect("an entry can be removed");
+        }
     }
 
     /// The MAC address of a pod's own device.

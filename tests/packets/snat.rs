@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use proxy_common::abi::address::PortUse;
 use shunt_tests::nat::Hook;
 use shunt_tests::packet::Packet;
 use shunt_tests::topology::Family;
@@ -129,6 +130,29 @@ fn answers_to_nobodys_port_are_the_hosts_own() {
             let packet = lab.following(proto, backend, world::node().port(family, port));
             assert_eq!(lab.through_ingress(&packet), Some(packet));
         }
+    });
+}
+
+#[test]
+fn a_kept_port_is_marked_for_as_long_as_a_flow_has_it() {
+    let mut lab = Lab::new();
+    each(|family, proto| {
+        let (frontend, backend) = (Name::Remote.vip().port(family, world::PORT), world::remote_pod(1));
+        let established = lab.converse(proto, world::outside(1).port(family, 4000), frontend);
+        let pending = lab.open(proto, world::outside(1).port(family, 4001), frontend);
+        assert_eq!([established.src().port(), pending.src().port()], [4000, 4001]);
+        // Marks are carried from generation to generation, and answers find their way in each.
+        for _ in 0..3 {
+            assert_eq!(lab.sweep().unmarked, 0);
+            assert_eq!([4000, 4001].map(|port| lab.marks(port)), [PortUse::SNAT; 2]);
+            let answer = lab.following(proto, established.dst(), established.src());
+            assert_eq!(lab.through(&answer).map(|packet| packet.src()), Some(frontend));
+        }
+        for seen in [established, pending] {
+            lab.forget_source(proto, backend.port(family, world::TARGET), seen.src());
+        }
+        assert_eq!(lab.sweep().unmarked, 2);
+        assert_eq!([4000, 4001].map(|port| lab.marks(port)), [0; 2]);
     });
 }
 

@@ -170,7 +170,15 @@ fn tables_attachments_sources_and_the_process_are_told() {
     // The uplink and two pods.
     assert_eq!(samples.value("shunt_attached_devices"), 3.0);
     assert!(samples.value("shunt_attached_socket_hooks") > 0.0);
-    assert_eq!(samples.value(r#"shunt_source_object_errors{source="manifests"}"#), 0.0);
+    for (metric, value) in [("object_errors", 0.0), ("stale", 0.0), ("pending", 0.0)] {
+        assert_eq!(samples.value(&format!(r#"shunt_source_{metric}{{source="manifests"}}"#)), value, "{metric}");
+    }
+    assert!(samples.value(r#"shunt_source_last_contact_timestamp_seconds{source="manifests"}"#) > 1.7e9);
+    // One for each family.
+    for (kind, count) in [("Service", 1.0), ("EndpointSlice", 2.0)] {
+        let series = format!(r#"shunt_source_objects{{source="manifests",kind="{kind}"}}"#);
+        assert_eq!(samples.value(&series), count, "{kind}");
+    }
     for name in ["shunt_problems", "shunt_failures_waiting"] {
         assert_eq!(samples.value(name), 0.0, "{name}");
     }
@@ -180,4 +188,48 @@ fn tables_attachments_sources_and_the_process_are_told() {
     wait::until("an object error", || rig.scrape().value(r#"shunt_source_object_errors{source="manifests"}"#) >= 1.0);
     // Rounds are 15 s apart.
     wait::until("a sweep", || rig.scrape().find(r#"shunt_flows{state="established"}"#).is_some());
+}
+
+/// The endpoints of a service that say when they changed.
+fn changed(at: &str, port: u16) -> String {
+    format!(
+        "apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata:
+  name: web-more
+  namespace: default
+  labels: {{kubernetes.io/service-name: web}}
+  annotations: {{endpoints.kubernetes.io/last-change-trigger-time: '{at}'}}
+addressType: IPv4
+ports: [{{name: tcp-80, port: {port}, protocol: TCP}}]
+endpoints: [{{addresses: [10.244.9.9], nodeName: elsewhere}}]
+"
+    )
+}
+
+#[test]
+fn changes_are_counted_and_timed_from_what_led_to_them() {
+    let rig = Rig::build(|cluster| vec![web().endpoints([&cluster.nodes[0].pods[0]])]);
+    let count = |rig: &Rig| rig.scrape().value("kubeproxy_network_programming_duration_seconds_count");
+    let samples = rig.scrape();
+    assert_eq!(samples.value("kubeproxy_sync_proxy_rules_service_changes_total"), 1.0);
+    let changes = samples.value("kubeproxy_sync_proxy_rules_endpoint_changes_total");
+    assert!(samples.value("kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds") > 1.7e9);
+    // From before the agent's start: programmed, not timed.
+    rig.manifests.write_text("more", &changed("2020-01-01T00:00:00Z", 8081));
+    let endpoint_changes = |rig: &Rig| {
+        let samples = rig.scrape();
+        let pending = samples.value("kubeproxy_sync_proxy_rules_endpoint_changes_pending");
+        (samples.value("kubeproxy_sync_proxy_rules_endpoint_changes_total"), pending)
+    };
+    wait::until("the old change", || endpoint_changes(&rig) == (changes + 1.0, 0.0));
+    assert_eq!(count(&rig), 0.0);
+    let now = rig.cluster.nodes[0].place.ns().output(["date", "-u", "+%Y-%m-%dT%H:%M:%S.%NZ"]);
+    rig.manifests.write_text("more", &changed(now.trim(), 8082));
+    wait::until("the new change", || count(&rig) == 1.0);
+    assert_eq!(endpoint_changes(&rig), (changes + 2.0, 0.0));
+    // A deletion is not timed.
+    rig.manifests.delete("more");
+    wait::until("the deletion", || endpoint_changes(&rig) == (changes + 3.0, 0.0));
+    assert_eq!(count(&rig), 1.0);
 }

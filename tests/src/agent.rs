@@ -7,6 +7,7 @@ use std::process::ExitStatus;
 use std::thread;
 
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::manifests::{Manifests, cluster_cidr};
 use crate::place::Place;
@@ -40,6 +41,7 @@ pub struct Agent {
     program: PathBuf,
     args: Vec<OsString>,
     bpffs: PathBuf,
+    socket: PathBuf,
     process: Option<Process>,
 }
 
@@ -50,7 +52,14 @@ impl Agent {
         let bpffs = cluster.bed.bpffs(&format!("bpf-{}", node.name())).join("shunt");
         let socket = cluster.bed.subdir(&format!("run-{}", node.name())).join("agent.sock");
         let cgroup = node.place.cgroup().expect("a node has a control group").dir();
-        let agent = Self { place: node.place.clone(), program: program(), args: vec![], bpffs, process: None };
+        let agent = Self {
+            place: node.place.clone(),
+            program: program(),
+            args: vec![],
+            bpffs,
+            socket: socket.clone(),
+            process: None,
+        };
         agent
             .with("--node-name", node.name())
             .with("--cluster-cidr", cluster_cidr())
@@ -161,6 +170,16 @@ impl Agent {
         let mut command = self.command(words[0]);
         command.args(&words[1..]);
         Process::start(&format!("shunt {} on {}", words[0], self.place.name()), command)
+    }
+
+    /// What the running agent says of itself, as `shunt status -o json` shows it.
+    #[track_caller]
+    pub fn report(&self) -> Value {
+        let socket = self.socket.to_str().expect("paths of tests are text");
+        let text = self.shunt(["status", "-o", "json", "--admin-socket", socket]);
+        let status: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        assert!(status["report"].is_object(), "the agent was not asked: {text}");
+        status["report"].clone()
     }
 
     fn command(&self, subcommand: &str) -> Command {

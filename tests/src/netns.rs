@@ -4,7 +4,7 @@
 //! entered by `ip netns exec`, which mounts a fresh /sys without control groups and BPF file system.
 
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{self, Read as _, Write as _};
 use std::panic;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -83,11 +83,17 @@ impl Netns {
         result.unwrap_or_else(|error| panic!("cannot set {name} to {value} in {}: {error}", self.name));
     }
 
-    /// The value of a kernel variable of the namespace.
+    /// The value of a kernel variable of the namespace. Read in one piece: a second read of a list of ports gives nothing.
     #[track_caller]
     pub fn read_sysctl(&self, name: &str) -> String {
         let path = format!("/proc/sys/{name}");
-        let value = self.run(|| fs::read_to_string(&path));
+        let read = || {
+            let mut text = vec![0; 1 << 18];
+            let length = File::open(&path)?.read(&mut text)?;
+            text.truncate(length);
+            String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into())
+        };
+        let value: io::Result<String> = self.run(read);
         value.unwrap_or_else(|error| panic!("cannot read {name} in {}: {error}", self.name)).trim().to_owned()
     }
 

@@ -62,6 +62,20 @@ impl PortUse {
     }
 }
 
+/// Words of the `kept_ports` array that hold marks: four bits a port, its [`PortUse`] in each of two generations. One more
+/// word says in which of them (0 or 1) marks are set. Marks of either count; the agent turns the generation, carries over
+/// what flows still use, and clears the other one: no mark is missing at any moment.
+pub const KEPT_WORDS: u32 = 65536 / 16;
+
+/// Bits from the uses of a port in generation 0 to those in generation 1.
+pub const KEPT_GENERATION: u32 = 2;
+
+/// Position of a port in the `kept_ports` array: word, and shift of its uses in generation 0.
+#[inline(always)]
+pub const fn kept_index(port: Port) -> (u32, u32) {
+    (port.0 as u32 >> 4, (port.0 as u32 & 15) << 2)
+}
+
 /// Position of a port in the `ports` array: word and shift.
 #[inline(always)]
 pub const fn port_index(port: Port) -> (u32, u32) {

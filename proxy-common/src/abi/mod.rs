@@ -9,6 +9,7 @@
 //! | `config` | array, 1 | 0 | [`config::Config`] |
 //! | `addresses` | hash | [`Addr`] | [`address::AddressClass`] |
 //! | `ports` | array | port / 32 | [`address::PortWord`] |
+//! | `kept_ports` | mapped array | port / 16 | [`address::PortWord`], see [`address::KEPT_WORDS`] |
 //! | `frontends` | hash | [`frontend::FrontendKey`] | [`frontend::FrontendValue`] |
 //! | `services` | mapped array | service id | [`service::ServiceRecord`] |
 //! | `service_names` | hash | service id | [`service::ServiceName`] |

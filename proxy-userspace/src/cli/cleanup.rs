@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::datapath::kernel::MapFds;
 use crate::datapath::pins::{self, Pins};
-use crate::datapath::{attach, node, predecessor, sweep, withdraw};
+use crate::datapath::{attach, predecessor, reserve, sweep, withdraw};
 
 /// Between two looks at the flows that are left.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -29,7 +29,7 @@ pub(super) fn run(bpffs: &Path, drain: Option<Option<Duration>>) -> Result<()> {
         runtime.context("cannot start the runtime")?.block_on(drain_flows(&pins, limit))?;
     }
     let detached = attach::detach_all(&pins)?;
-    node::release_ports(&pins)?;
+    reserve::release(&pins)?;
     predecessor::release(&pins)?;
     let layouts = pins.layouts()?;
     layouts.iter().try_for_each(|layout| pins.remove(*layout))?;

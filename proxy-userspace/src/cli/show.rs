@@ -17,6 +17,7 @@ use crate::datapath::restore;
 use crate::error::chain;
 use crate::planner::{BackendId, ServiceId, Tables};
 use crate::telemetry::admin::{self, Report};
+use crate::telemetry::source::{OutageReport, SourceReport};
 
 fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
     let pins = Pins::new(&args.pins.bpffs).with_version(args.pins.layout_version);
@@ -127,14 +128,49 @@ fn status_text(view: &StatusView) -> String {
 }
 
 fn report_lines(report: &Report) -> Vec<String> {
-    let pending = report.pending_sources.iter().map(|source| format!("waiting       for the first list of {source}"));
+    let sources = report.sources.iter().flat_map(source_lines);
     let refused =
         report.refused.iter().map(|trouble| format!("refused       {}: {}", trouble.subject, trouble.message));
     let problems =
         report.problems.iter().map(|trouble| format!("problem       {}: {}", trouble.subject, trouble.message));
     let xdp =
         report.xdp_refused.iter().map(|trouble| format!("no XDP        {}: {}", trouble.subject, trouble.message));
-    pending.chain(refused).chain(problems).chain(xdp).collect()
+    sources.chain(refused).chain(problems).chain(xdp).collect()
+}
+
+/// What a source has listed, and what is wrong with it.
+fn source_lines(source: &SourceReport) -> Vec<String> {
+    let counts = source.objects.iter().filter(|(_, count)| **count > 0).map(|(kind, count)| format!("{count} {kind}"));
+    let objects = match counts.collect::<Vec<_>>() {
+        counts if counts.is_empty() => "no objects".to_owned(),
+        counts => counts.join(", "),
+    };
+    let listed = match source.listed {
+        true => objects,
+        false => "not listed yet; what was programmed for it stays".to_owned(),
+    };
+    let heard = source.last_contact_age.map_or("never heard".to_owned(), |age| format!("heard {} ago", age_text(age)));
+    let mut lines = vec![format!("source        {}: {listed}; {heard}", source.name)];
+    lines.extend(source.outages.iter().map(|outage| {
+        let OutageReport { what, since, age, why } = outage;
+        let age = age_text(*age);
+        format!("stale         {}: no news of {what} since {since} ({age}): {why}; what was known stays", source.name)
+    }));
+    let rejected = source.rejected.iter();
+    lines.extend(
+        rejected.map(|trouble| format!("rejected      {}: {}: {}", source.name, trouble.subject, trouble.message)),
+    );
+    lines
+}
+
+/// A time span in its largest unit.
+fn age_text(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
 }
 
 /// One line of `shunt services`.
@@ -331,6 +367,36 @@ pub(super) fn flows(args: &ShowArgs) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_source_tells_what_it_has_and_what_is_wrong() {
+        let outage = OutageReport {
+            what: "Service".into(),
+            since: "2026-01-01T00:00:00Z".into(),
+            age: 300,
+            why: "the API server cannot be reached".into(),
+        };
+        let rejected = admin::Trouble { subject: "Service default/web".into(), message: "no".into() };
+        let mut source = SourceReport {
+            name: "kubernetes".into(),
+            listed: true,
+            last_contact_age: Some(301),
+            objects: [("Service".to_owned(), 3), ("Endpoints".to_owned(), 0)].into(),
+            outages: vec![outage],
+            rejected: vec![rejected],
+            ..SourceReport::default()
+        };
+        let expected = [
+            "source        kubernetes: 3 Service; heard 5 min ago",
+            "stale         kubernetes: no news of Service since 2026-01-01T00:00:00Z (5 min): the API server cannot be \
+             reached; what was known stays",
+            "rejected      kubernetes: Service default/web: no",
+        ];
+        assert_eq!(source_lines(&source), expected);
+        source = SourceReport { name: "manifests".into(), ..SourceReport::default() };
+        let expected = ["source        manifests: not listed yet; what was programmed for it stays; never heard"];
+        assert_eq!(source_lines(&source), expected);
+    }
 
     #[test]
     fn empty_sets_say_what_clients_get() {

@@ -74,6 +74,11 @@ impl Backlog {
         self.subjects.iter()
     }
 
+    /// True if something of a subject waits.
+    pub fn holds(&self, subject: &Subject) -> bool {
+        self.subjects.contains_key(subject)
+    }
+
     /// True if an operation has to wait for one that was refused.
     pub fn blocks(&self, op: &Op) -> bool {
         needed_by(op).is_some_and(|entry| self.entries.contains_key(&entry))

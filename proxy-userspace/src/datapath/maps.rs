@@ -88,6 +88,11 @@ impl<T: Pod> MappedArray<T> {
         self.capacity
     }
 
+    /// All words of all elements.
+    pub(super) fn words(&self) -> &[AtomicU64] {
+        self.words.words()
+    }
+
     fn at(&self, index: u32) -> Result<&[AtomicU64], Error> {
         let start = index as usize * Self::WORDS;
         let bounds = || Error::Bounds { table: self.name, index, capacity: self.capacity };

@@ -16,7 +16,8 @@
 //! | [`device`] | which devices get which programs: a pure decision |
 //! | [`network`] | devices and addresses of the node, live |
 //! | [`other_proxies`] | traces of other service proxies |
-//! | [`node`] | facts about this node, reserved source ports |
+//! | [`node`] | facts about this node |
+//! | [`reserve`] | ports that the kernel shall not give to local sockets |
 //! | [`reconcile`] | the only writer: snapshot to plan to tables |
 //! | [`backlog`] | operations that were refused, and those behind them |
 //! | [`progress`] | what the reconciler tells about its work |
@@ -27,6 +28,7 @@
 //! | [`predecessor`], [`netfilter`] | what a kube-proxy that is replaced has open goes on without it |
 //! | [`withdraw`] | frontends go, flows stay: before a successor takes over |
 //! | [`fake`] | tables for tests |
+//! | [`kept`] | marks of ports that flows keep |
 //! | [`maps`] | the tables as the reconciler writes them |
 //!
 //! No other part of the agent touches a map, a program or a link. Desired state comes in, status goes out.
@@ -47,6 +49,7 @@ pub mod device;
 pub mod fake;
 pub mod handover;
 pub mod inspect;
+pub mod kept;
 pub mod kernel;
 pub mod kfunc;
 pub mod layout;
@@ -61,6 +64,7 @@ pub mod pins;
 pub mod predecessor;
 pub mod progress;
 pub mod reconcile;
+pub mod reserve;
 pub mod restore;
 pub mod sweep;
 pub mod sys;

@@ -332,7 +332,9 @@ impl<M: Maps> Task<M> {
         }
         self.pending = snapshot.pending.clone();
         if self.pending.is_empty() {
-            self.reporter.applied((done > 0).then(|| start.elapsed()));
+            let (backlog, elapsed) = (&self.reconciler.backlog, (done > 0).then(|| start.elapsed()));
+            self.reporter
+                .applied(elapsed, snapshot.changes, |service| backlog.holds(&Subject::Service(service.clone())));
         }
         debug!(operations = done, elapsed = ?start.elapsed(), "reconciled");
     }

@@ -1,14 +1,15 @@
-//! Removes flows that have outlived themselves, entries that lost their flow, and tells which addresses no flow uses.
+//! Removes flows that have outlived themselves, entries that lost their flow and marks of ports that no flow uses, and tells
+//! which addresses no flow uses.
 //!
 //! The programs expire a flow when its client comes again; the sweep is for those whose clients do not. It goes through
 //! the tables in slices with pauses, and looks at every entry twice: an expired one again right before it is removed (a
 //! packet may have come meanwhile), one without its flow again in the next round (its flow may have been in the making).
-//! May touch: flow entries, for reading and removing; address classes, for reading.
+//! May touch: flow entries and marks of kept ports, for reading and removing; address classes, for reading.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
-use proxy_common::abi::address::AddressClass;
+use proxy_common::abi::address::{AddressClass, PortWord};
 use proxy_common::abi::flow::{FlowKey, FlowValue};
 use proxy_common::addr::{Addr, Be16, Proto};
 use proxy_common::lb::flow::{self, Hot, Seconds};
@@ -17,8 +18,9 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, warn};
 
 use super::inspect::FlowState;
+use super::kept::{self, Users};
 use super::kernel::{self, MapFds};
-use super::maps::{Error, Table, Walk};
+use super::maps::{self, Error, MappedArray, Table, Walk};
 use super::sys;
 use crate::drain::Drain;
 use crate::error::chain;
@@ -27,7 +29,7 @@ use crate::error::chain;
 const INTERVAL: Duration = Duration::from_secs(15);
 /// Between two slices.
 const PAUSE: Duration = Duration::from_millis(1);
-/// Addresses are looked at in every such round: that takes going through all of them.
+/// Addresses and kept ports are looked at in every such round: that takes going through all of them.
 const ADDRESS_ROUNDS: u32 = 4;
 
 /// One table of flows.
@@ -79,6 +81,8 @@ pub struct Outcome {
     pub expired: usize,
     /// Entries removed because they belonged to no flow.
     pub orphans: usize,
+    /// Uses of ports that ended: no flow has them any more.
+    pub unmarked: usize,
 }
 
 /// What the sweep tells.
@@ -305,9 +309,12 @@ impl Lingering {
 pub struct Task {
     tables: Both<Table<FlowKey, FlowValue>>,
     addresses: Table<Addr, AddressClass>,
+    kept_ports: MappedArray<PortWord>,
     unused: mpsc::Sender<Vec<Addr>>,
     sweep: Sweep,
     lingering: Lingering,
+    /// Of the round under way, if it looks at ports.
+    users: Option<Users>,
     report: watch::Sender<Report>,
 }
 
@@ -315,9 +322,16 @@ impl Task {
     /// Opens the tables. Addresses that no flow uses any more go to `unused`.
     pub fn open(maps: &MapFds, unused: mpsc::Sender<Vec<Addr>>) -> Result<Self, kernel::Error> {
         let tables = Both { established: Table::open(maps, "flows")?, pending: Table::open(maps, "flows_pending")? };
-        let addresses = Table::open(maps, "addresses")?;
-        let report = watch::Sender::default();
-        Ok(Self { tables, addresses, unused, sweep: Sweep::default(), lingering: Lingering::default(), report })
+        Ok(Self {
+            tables,
+            addresses: Table::open(maps, "addresses")?,
+            kept_ports: MappedArray::open(maps, "kept_ports", true)?,
+            unused,
+            sweep: Sweep::default(),
+            lingering: Lingering::default(),
+            users: None,
+            report: watch::Sender::default(),
+        })
     }
 
     /// What it tells, after each round.
@@ -341,23 +355,32 @@ impl Task {
         }
     }
 
-    /// Goes through both tables once.
-    pub async fn round(&mut self, with_addresses: bool) -> Result<Outcome, Error> {
-        let marked = if with_addresses { self.marked_addresses()? } else { HashSet::new() };
+    /// Goes through both tables once; with `is_thorough`, looks for addresses and ports that no flow uses.
+    pub async fn round(&mut self, is_thorough: bool) -> Result<Outcome, Error> {
+        let marked = if is_thorough { self.marked_addresses()? } else { HashSet::new() };
+        self.users = None;
+        if is_thorough {
+            self.begin_ports().await;
+        }
         let is_looking = !marked.is_empty();
         // A round that failed may have left something.
         self.sweep.outcome = Outcome::default();
         self.lingering.begin(marked);
-        for origin in [Origin::Established, Origin::Pending] {
+        // A flow moves from pending to established: in this order it is met in one of them.
+        for origin in [Origin::Pending, Origin::Established] {
             self.walk(origin).await?;
         }
-        let outcome = self.sweep.finish();
+        let mut outcome = self.sweep.finish();
+        if let Some(users) = self.users.take() {
+            outcome.unmarked = kept::finish(self.kept_ports.words(), &users);
+        }
         self.report.send_modify(|report| report.add(outcome));
         debug!(
             established = outcome.established,
             pending = outcome.pending,
             expired = outcome.expired,
             orphans = outcome.orphans,
+            unmarked = outcome.unmarked,
             "flows swept"
         );
         if is_looking {
@@ -379,11 +402,23 @@ impl Task {
         while let Some((keys, values)) = walk.next(table)? {
             let now = Seconds::from_nanos(sys::monotonic().as_nanos() as u64);
             keys.iter().for_each(|key| self.lingering.see(key));
+            if let Some(users) = &mut self.users {
+                keys.iter().for_each(|key| users.see(key));
+            }
             let entries = keys.iter().copied().zip(values.iter().copied());
             self.sweep.take(&self.tables, origin, entries, now)?;
             tokio::time::sleep(PAUSE).await;
         }
         Ok(())
+    }
+
+    /// From now on, and in programs that run already when this is done, marks are set in a fresh generation.
+    async fn begin_ports(&mut self) {
+        kept::begin(self.kept_ports.words());
+        // The flows of programs that saw the generation before are in the tables when these have ended.
+        let waited = tokio::task::spawn_blocking(maps::wait_for_programs).await;
+        waited.expect("the wait does not panic, and nobody aborts it");
+        self.users = Some(Users::default());
     }
 
     fn marked_addresses(&self) -> Result<HashSet<Addr>, Error> {

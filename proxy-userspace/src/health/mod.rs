@@ -227,7 +227,7 @@ mod tests {
     }
 
     fn applied() -> Progress {
-        Progress { busy_since: None, applied: Some(WALL + Duration::from_millis(1500)) }
+        Progress { applied: Some(WALL + Duration::from_millis(1500)), ..Progress::default() }
     }
 
     fn codes(view: &View, now: Instant) -> [u16; 3] {
@@ -262,7 +262,10 @@ mod tests {
     #[test]
     fn a_reconciler_that_does_not_get_on_is_ill_after_its_first_load_only() {
         let start = Instant::now();
-        let busy = |applied| View { progress: Progress { busy_since: Some(start), applied }, ..loaded() };
+        let busy = |applied| View {
+            progress: Progress { busy_since: Some(start), applied, ..Progress::default() },
+            ..loaded()
+        };
         let [soon, late] = [PATIENCE, PATIENCE + Duration::from_millis(1)].map(|after| start + after);
         assert_eq!(codes(&busy(Some(WALL)), soon), [200, 200, 200]);
         assert_eq!(codes(&busy(Some(WALL)), late), [503, 503, 503]);

@@ -1,6 +1,7 @@
 //! Updates to snapshots, as a function of values.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use super::endpoint::{EndpointGroup, Endpoints, GroupKind};
@@ -8,6 +9,7 @@ use super::name::Name;
 use super::node::NodeFacts;
 use super::service::{ServiceKey, SourceId};
 use super::snapshot::{Gaps, Snapshot};
+use super::trigger::{Trigger, Triggers};
 use super::update::{Event, Kind, Object, ObjectKey, SourceSpec, Update};
 
 /// The newest snapshot, and how far each source is with its lists.
@@ -15,6 +17,7 @@ use super::update::{Event, Kind, Object, ObjectKey, SourceSpec, Update};
 pub struct Content {
     visible: Snapshot,
     sources: BTreeMap<SourceId, SourceState>,
+    triggers: Triggers,
 }
 
 #[derive(Debug)]
@@ -65,7 +68,12 @@ impl Content {
             gaps: Gaps::default(),
         };
         let sources = sources.iter().map(|spec| (spec.id, state(spec))).collect();
-        Self { visible, sources }
+        Self { visible, sources, triggers: Triggers::default() }
+    }
+
+    /// When the changes happened that nobody has taken yet.
+    pub fn triggers(&self) -> &Triggers {
+        &self.triggers
     }
 
     /// The newest snapshot.
@@ -93,15 +101,32 @@ impl Content {
             return known.unwrap_or_default() != problems;
         }
         let gaps_differ = source.note_gaps(&event);
+        let (kind, trigger) = (event.kind(), trigger(id, &event));
         let target = source.staged.as_mut().unwrap_or(&mut self.visible);
         let changed = step(target, &mut source.listed, &mut source.listing, &mut source.groups, id, event);
         if source.staged.is_some() {
             return self.enter_when_listed(id);
         }
+        if changed {
+            self.count(kind, trigger);
+        }
         if gaps_differ {
             self.show_gaps(id);
         }
         changed | gaps_differ
+    }
+
+    /// Counts a change of an object; remembers when it happened.
+    fn count(&mut self, kind: Option<Kind>, trigger: Option<(ServiceKey, NonZeroU64)>) {
+        let changes = &mut self.visible.changes;
+        match kind {
+            Some(Kind::Service) => changes.services += 1,
+            Some(Kind::EndpointSlice | Kind::Endpoints) => changes.endpoints += 1,
+            _ => {}
+        }
+        if let Some((service, at)) = trigger {
+            self.triggers.push(Trigger { number: changes.endpoints, service, at });
+        }
     }
 
     /// Makes a source's objects visible if all of its kinds have been listed. True if that happened.
@@ -111,6 +136,8 @@ impl Content {
             return false;
         }
         let Some(staged) = source.staged.take() else { return false };
+        self.visible.changes.services += staged.services.len() as u64;
+        self.visible.changes.endpoints += source.groups.len() as u64;
         self.visible.services.extend(staged.services);
         self.visible.endpoints.extend(staged.endpoints);
         self.visible.nodes.extend(staged.nodes);
@@ -126,6 +153,14 @@ impl Content {
             _ => _ = self.visible.gaps.remove(&id),
         }
     }
+}
+
+/// Whose endpoints an event changes, and when the change happened that led to it. Nobody tells that of one that is gone.
+fn trigger(source: SourceId, event: &Event) -> Option<(ServiceKey, NonZeroU64)> {
+    let (Event::Apply(object) | Event::InitApply(object)) = event else { return None };
+    let Object::Endpoints { namespace, service, triggered, .. } = object else { return None };
+    let key = ServiceKey { source, namespace: namespace.clone(), name: service.clone() };
+    Some((key, (*triggered)?))
 }
 
 /// One step of `source` on `target`. True if it changed an object.
@@ -183,7 +218,9 @@ fn put(target: &mut Snapshot, groups: &mut BTreeMap<ObjectKey, Name>, source: So
         }
         Object::Node { name, node } => insert_if_new(&mut target.nodes, (source, name), node),
         Object::ServiceCidr { name, cidr } => insert_if_new(&mut target.service_cidrs, (source, name), cidr),
-        Object::Endpoints { namespace, service, group } => put_group(target, groups, source, namespace, service, group),
+        Object::Endpoints { namespace, service, group, .. } => {
+            put_group(target, groups, source, namespace, service, group)
+        }
     }
 }
 
@@ -321,7 +358,12 @@ mod tests {
         let port = EndpointPort { name: Name::from(""), protocol: Protocol::Tcp, port: Port(port) };
         let subset = EndpointSubset { ports: Box::new([port]), endpoints: Box::new([endpoint]) };
         let group = EndpointGroup { kind: GroupKind::Slice, name: Name::from(name), subsets: Box::new([subset]) };
-        Object::Endpoints { namespace: Name::from("default"), service: Name::from(service), group: Arc::new(group) }
+        Object::Endpoints {
+            namespace: Name::from("default"),
+            service: Name::from(service),
+            group: Arc::new(group),
+            triggered: None,
+        }
     }
 
     fn key(kind: Kind, name: &str) -> ObjectKey {
@@ -370,6 +412,41 @@ mod tests {
         send(&mut content, SourceId::Kubernetes, [Event::Init(Kind::Service), Event::InitApply(service("gone", 1))]);
         assert!(list(&mut content, SourceId::Kubernetes, Kind::Service, [service("stays", 1)]));
         assert_eq!(services(&content), ["kubernetes/default/stays"]);
+    }
+
+    /// A slice that says when it changed.
+    fn triggered(name: &str, service: &str, port: u16, at: u64) -> Event {
+        let mut object = slice(name, service, port);
+        if let Object::Endpoints { triggered, .. } = &mut object {
+            *triggered = NonZeroU64::new(at);
+        }
+        Event::Apply(object)
+    }
+
+    #[test]
+    fn changes_are_counted_and_the_earliest_of_a_service_tells_when() {
+        let mut content = listed();
+        let first = content.snapshot().changes;
+        assert_eq!((first.services, first.endpoints), (2, 2), "those of the first list");
+        let events = [
+            triggered("a-1", "a", 10, 500),
+            triggered("a-2", "a", 11, 400),
+            triggered("a-2", "a", 11, 300),
+            triggered("b-1", "b", 12, 600),
+            Event::Delete(key(Kind::EndpointSlice, "b-1")),
+            triggered("a-1", "a", 13, 700),
+        ];
+        send(&mut content, SourceId::Kubernetes, events);
+        let changes = content.snapshot().changes;
+        // One told nothing new.
+        assert_eq!((changes.services, changes.endpoints), (2, 2 + 5));
+        let taken = |number| -> Vec<_> {
+            let earliest = content.triggers().take(number);
+            earliest.into_iter().map(|(service, at)| (service.name.to_string(), at.get())).collect()
+        };
+        assert_eq!(taken(2 + 4), [("a".to_owned(), 400), ("b".to_owned(), 600)]);
+        assert_eq!(taken(2 + 5), [("a".to_owned(), 700)]);
+        assert_eq!(taken(u64::MAX), []);
     }
 
     fn listed() -> Content {

@@ -8,6 +8,7 @@
 //! | [`node`] | nodes, ServiceCIDRs, and what was read about this node |
 //! | [`update`] | the contract every source speaks |
 //! | [`snapshot`] | all of it at one moment: persistent maps of `Arc`s, compared by pointer |
+//! | [`trigger`] | when the changes happened that are not programmed yet |
 //! | [`content`] | updates to snapshots, as a function of values |
 //! | [`store`] | one writer, many readers: the only file here that knows tokio (its `watch` channel) |
 //!
@@ -20,12 +21,14 @@ pub mod node;
 pub mod service;
 pub mod snapshot;
 pub mod store;
+pub mod trigger;
 pub mod update;
 
 pub use endpoint::{Conditions, Endpoint, EndpointGroup, EndpointPort, EndpointSubset, Endpoints, GroupKind, Hints};
 pub use name::{Interner, Name};
 pub use node::{LocalAddress, Node, NodeFacts, NodePortAddresses, PrimaryAddresses, ServiceCidr};
 pub use service::{ByFamily, Family, Protocol, Service, ServiceKey, ServicePort, SourceId, TrafficPolicy};
-pub use snapshot::{ClusterKey, Gaps, Snapshot};
+pub use snapshot::{Changes, ClusterKey, Gaps, Snapshot};
 pub use store::{Reader, Writer};
+pub use trigger::{Trigger, Triggers};
 pub use update::{Event, Kind, Object, ObjectKey, ObjectProblem, SourceSpec, Update};

@@ -35,6 +35,15 @@ impl Gaps {
     }
 }
 
+/// Changes of objects that have entered the model since the start, counted.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Changes {
+    /// Of services.
+    pub services: u64,
+    /// Of endpoints.
+    pub endpoints: u64,
+}
+
 /// Desired state: immutable, cheap to clone; two of them are compared by pointer, in time proportional to what differs.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
@@ -52,6 +61,8 @@ pub struct Snapshot {
     pub pending: Arc<[SourceId]>,
     /// What first lists leave open, by source.
     pub gaps: OrdMap<SourceId, Arc<Gaps>>,
+    /// How much has changed until now.
+    pub changes: Changes,
     /// What each source cannot use.
     pub problems: OrdMap<SourceId, Arc<[ObjectProblem]>>,
 }
@@ -67,6 +78,7 @@ impl Snapshot {
             facts,
             pending: sources.into_iter().collect(),
             gaps: OrdMap::new(),
+            changes: Changes::default(),
             problems: OrdMap::new(),
         }
     }

@@ -7,6 +7,7 @@ use tokio::sync::{mpsc, watch};
 use super::content::Content;
 use super::node::NodeFacts;
 use super::snapshot::Snapshot;
+use super::trigger::Triggers;
 use super::update::{SourceSpec, Update};
 
 /// The one place where desired state changes.
@@ -37,6 +38,11 @@ impl Writer {
             changed |= self.content.apply(update);
         }
         self.publish_if(changed);
+    }
+
+    /// When the changes happened that nobody has taken yet.
+    pub fn triggers(&self) -> Triggers {
+        self.content.triggers().clone()
     }
 
     /// Replaces what is known about this node.

@@ -5,6 +5,7 @@
 //! not read (InitKeep, Unread) is not taken for absent: see [`Gaps`](super::snapshot::Gaps).
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use super::endpoint::{EndpointGroup, GroupKind};
@@ -96,6 +97,9 @@ pub enum Object {
         service: Name,
         /// What the object says.
         group: Arc<EndpointGroup>,
+        /// When the change happened that led to this, in nanoseconds since 1970, if the object tells. Passes through the
+        /// model and is not kept.
+        triggered: Option<NonZeroU64>,
     },
     /// A node.
     Node {
@@ -116,19 +120,25 @@ pub enum Object {
 impl Object {
     /// Which object this is.
     pub fn key(&self) -> ObjectKey {
-        let (kind, namespace, name) = match self {
-            Self::Service { namespace, name, .. } => (Kind::Service, namespace.clone(), name.clone()),
-            Self::Endpoints { namespace, group, .. } => {
-                let kind = match group.kind {
-                    GroupKind::Slice => Kind::EndpointSlice,
-                    GroupKind::Legacy => Kind::Endpoints,
-                };
-                (kind, namespace.clone(), group.name.clone())
-            }
-            Self::Node { name, .. } => (Kind::Node, Name::from(""), name.clone()),
-            Self::ServiceCidr { name, .. } => (Kind::ServiceCidr, Name::from(""), name.clone()),
+        let (namespace, name) = match self {
+            Self::Service { namespace, name, .. } => (namespace.clone(), name.clone()),
+            Self::Endpoints { namespace, group, .. } => (namespace.clone(), group.name.clone()),
+            Self::Node { name, .. } | Self::ServiceCidr { name, .. } => (Name::from(""), name.clone()),
         };
-        ObjectKey { kind, namespace, name }
+        ObjectKey { kind: self.kind(), namespace, name }
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Service { .. } => Kind::Service,
+            Self::Endpoints { group, .. } => match group.kind {
+                GroupKind::Slice => Kind::EndpointSlice,
+                GroupKind::Legacy => Kind::Endpoints,
+            },
+            Self::Node { .. } => Kind::Node,
+            Self::ServiceCidr { .. } => Kind::ServiceCidr,
+        }
     }
 }
 
@@ -166,6 +176,18 @@ pub enum Event {
     Unread(bool),
     /// All that the source cannot use at the moment.
     Problems(Arc<[ObjectProblem]>),
+}
+
+impl Event {
+    /// Of which kind the objects are that it is about.
+    pub fn kind(&self) -> Option<Kind> {
+        match self {
+            Self::Init(kind) | Self::InitDone(kind) => Some(*kind),
+            Self::InitApply(object) | Self::Apply(object) => Some(object.kind()),
+            Self::InitKeep(key) | Self::Delete(key) => Some(key.kind),
+            Self::Problems(_) | Self::Unread(_) => None,
+        }
+    }
 }
 
 /// What a source sends: steps that count together. Nobody sees some of them without the others.

@@ -209,7 +209,10 @@ fn events(step: &Step) -> Option<Update> {
         }
         Step::Slice { source, slice: name, service, genes } => {
             let group = Arc::new(slice(*name, genes));
-            (*source, Event::Apply(Object::Endpoints { namespace, service: named("svc", *service), group }))
+            (
+                *source,
+                Event::Apply(Object::Endpoints { namespace, service: named("svc", *service), group, triggered: None }),
+            )
         }
         Step::DeleteSlice { source, slice } => {
             (*source, Event::Delete(ObjectKey { kind: Kind::EndpointSlice, namespace, name: named("slice", *slice) }))

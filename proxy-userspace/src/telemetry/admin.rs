@@ -1,7 +1,7 @@
 //! The admin socket: whoever connects gets the agent's status as one JSON object, and the connection ends.
 //!
-//! Only what the tables and links cannot tell: what was refused, what services do not get, which sources have not listed,
-//! which devices refuse XDP.
+//! Only what the tables and links cannot tell: how sources stand, what was refused, what services do not get, which devices
+//! refuse XDP.
 //! May touch: its socket.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt as _;
@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::{debug, warn};
 
+use super::source::{SourceReport, Sources};
 use crate::datapath::attach::XdpRefusal;
 use crate::datapath::reconcile::Status;
 use crate::planner::Subject;
@@ -41,11 +42,14 @@ const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
 /// Status as text, for people and programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Report {
     /// Everything that the sources listed is programmed.
     pub ready: bool,
     /// Sources whose first list is not complete.
     pub pending_sources: Vec<String>,
+    /// The configured sources.
+    pub sources: Vec<SourceReport>,
     /// Changes that a table refused; they are tried again.
     pub refused: Vec<Trouble>,
     /// What services ask for and do not get.
@@ -68,7 +72,7 @@ pub struct Trouble {
 type XdpRefusals = BTreeMap<u32, XdpRefusal>;
 
 impl Report {
-    fn new(status: &Status, xdp_refused: &XdpRefusals) -> Self {
+    fn new(status: &Status, sources: Vec<SourceReport>, xdp_refused: &XdpRefusals) -> Self {
         let refused = status.failures.iter().map(|failure| Trouble {
             subject: subject_text(&failure.subject),
             message: format!("{} (tried {} times, {} changes wait)", failure.error, failure.attempts, failure.waiting),
@@ -79,6 +83,7 @@ impl Report {
         Self {
             ready: status.is_ready,
             pending_sources: status.pending.iter().map(ToString::to_string).collect(),
+            sources,
             refused: refused.collect(),
             problems: problems.collect(),
             xdp_refused: xdp_refused
@@ -102,6 +107,7 @@ fn subject_text(subject: &Subject) -> String {
 pub async fn serve(
     path: PathBuf,
     status: watch::Receiver<Arc<Status>>,
+    sources: Sources,
     xdp_refused: watch::Receiver<XdpRefusals>,
 ) -> Infallible {
     let listener = listen_at_last(&path).await;
@@ -114,7 +120,7 @@ pub async fn serve(
                 continue;
             }
         };
-        let report = Report::new(&status.borrow(), &xdp_refused.borrow());
+        let report = Report::new(&status.borrow().clone(), sources.report(SystemTime::now()), &xdp_refused.borrow());
         let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
         let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
@@ -161,7 +167,15 @@ pub fn ask(path: &Path) -> Result<Report, Error> {
 mod tests {
     use super::*;
     use crate::datapath::reconcile::Failure;
-    use crate::model::SourceId;
+    use crate::model::{Name, NodeFacts, Snapshot, SourceId};
+    use crate::source::contact::Contact;
+
+    /// Manifests that have not listed yet.
+    fn sources(contact: &Contact) -> Sources {
+        let facts = Arc::new(NodeFacts::named(Name::from("n")));
+        let (_, snapshots) = watch::channel(Arc::new(Snapshot::empty(facts, [SourceId::Manifests])));
+        Sources::new(snapshots, [(SourceId::Manifests, contact.watch())].into())
+    }
 
     #[tokio::test]
     async fn a_socket_that_cannot_be_made_is_made_when_it_can() {
@@ -171,7 +185,7 @@ mod tests {
         let path = in_the_way.join("agent.sock");
         let (_sender, status) = watch::channel(Arc::new(Status::default()));
         let (_refusals, refused) = watch::channel(XdpRefusals::default());
-        let server = tokio::spawn(serve(path.clone(), status, refused));
+        let server = tokio::spawn(serve(path.clone(), status, sources(&Contact::default()), refused));
         sleep(3 * LISTEN_RETRY).await;
         assert!(!server.is_finished());
         std::fs::remove_file(&in_the_way).unwrap();
@@ -188,7 +202,9 @@ mod tests {
         let (sender, status) = watch::channel(Arc::new(Status::default()));
         let refusal = XdpRefusal { device: "eth0".into(), reason: "busy".into() };
         let (_refused, refused) = watch::channel(XdpRefusals::from([(2, refusal)]));
-        let server = tokio::spawn(serve(path.clone(), status, refused));
+        let contact = Contact::default();
+        contact.lost("the folder", "gone".into());
+        let server = tokio::spawn(serve(path.clone(), status, sources(&contact), refused));
         let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
         sender.send_replace(Arc::new(Status {
             is_ready: true,
@@ -203,6 +219,9 @@ mod tests {
         let report = tokio::task::spawn_blocking(move || ask(&asked)).await.unwrap().unwrap();
         assert!(report.ready);
         assert_eq!(report.pending_sources, ["manifests"]);
+        let source = &report.sources[0];
+        assert_eq!((source.name.as_str(), source.listed, source.stale), ("manifests", false, true));
+        assert_eq!((source.last_contact_age, source.outages[0].why.as_str()), (None, "gone"));
         assert_eq!(report.refused[0].message, "full (tried 2 times, 3 changes wait)");
         assert_eq!(report.xdp_refused, [Trouble { subject: "eth0".into(), message: "busy".into() }]);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);

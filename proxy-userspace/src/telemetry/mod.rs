@@ -6,12 +6,14 @@
 //! | [`http`] | small HTTP listeners |
 //! | [`metrics`] | the registry as text |
 //! | [`process`] | this process as metrics |
+//! | [`source`] | how each source stands |
 //! | [`status`] | what reconciler and sources report, as metrics |
 
 pub mod admin;
 pub mod http;
 pub mod metrics;
 pub mod process;
+pub mod source;
 pub mod status;
 
 use std::io::{IsTerminal as _, stderr};

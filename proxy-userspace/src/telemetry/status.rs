@@ -1,6 +1,6 @@
 //! What the reconciler and the sources report, as metrics.
 //!
-//! May touch: nothing; it looks at the newest status and the newest snapshot.
+//! May touch: nothing; it looks at the newest status.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,33 +13,34 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
+use super::source::Sources;
 use crate::datapath::reconcile::Status;
-use crate::model::{Reader, Snapshot, SourceId};
+use crate::model::SourceId;
 
 #[derive(Debug)]
 struct Reports {
-    sources: Box<[SourceId]>,
+    ids: Box<[SourceId]>,
     status: watch::Receiver<Arc<Status>>,
-    snapshots: Reader,
+    sources: Sources,
 }
 
-/// Makes metrics of status and snapshots known; `sources` are those that are configured.
+/// Makes metrics of status and sources known; `ids` are those that are configured.
 pub fn register(
     registry: &mut Registry,
-    sources: impl Iterator<Item = SourceId>,
+    ids: impl Iterator<Item = SourceId>,
     status: watch::Receiver<Arc<Status>>,
-    snapshots: Reader,
+    sources: Sources,
 ) {
-    let reports = Reports { sources: sources.collect(), status, snapshots };
+    let reports = Reports { ids: ids.collect(), status, sources };
     registry.sub_registry_with_prefix("shunt").register_collector(Box::new(reports));
 }
 
 impl Collector for Reports {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let status = self.status.borrow().clone();
-        let snapshot = self.snapshots.borrow().clone();
         encode_status(&mut encoder, &status)?;
-        encode_sources(&mut encoder, &self.sources, &status, &snapshot)
+        encode_pending(&mut encoder, &self.ids, &status)?;
+        self.sources.encode(&mut encoder)
     }
 }
 
@@ -60,23 +61,12 @@ fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::R
     Ok(())
 }
 
-fn encode_sources(
-    encoder: &mut DescriptorEncoder<'_>,
-    sources: &[SourceId],
-    status: &Status,
-    snapshot: &Snapshot,
-) -> fmt::Result {
+fn encode_pending(encoder: &mut DescriptorEncoder<'_>, sources: &[SourceId], status: &Status) -> fmt::Result {
     let help = "1 until everything that a source listed first is programmed";
     let mut metric = encoder.encode_descriptor("source_pending", help, None, MetricType::Gauge)?;
     for source in sources {
         let is_pending = status.pending.contains(source);
         ConstGauge::new(u64::from(is_pending)).encode(metric.encode_family(&[("source", source.name())])?)?;
-    }
-    let help = "Objects, or parts of them, that a source cannot use";
-    let mut metric = encoder.encode_descriptor("source_object_errors", help, None, MetricType::Gauge)?;
-    for source in sources {
-        let errors = snapshot.problems.get(source).map_or(0, |problems| problems.len());
-        ConstGauge::new(errors as u64).encode(metric.encode_family(&[("source", source.name())])?)?;
     }
     Ok(())
 }
@@ -87,8 +77,10 @@ mod tests {
 
     use super::*;
     use crate::datapath::reconcile::Failure;
-    use crate::model::{Name, NodeFacts, ObjectProblem, ServiceKey};
+    use crate::model::{Name, NodeFacts, ObjectProblem, ServiceKey, Snapshot};
     use crate::planner::{Problem, Subject};
+    use crate::source::contact::{Outage, State};
+    use std::time::{Duration, SystemTime};
 
     const SOURCES: [SourceId; 2] = [SourceId::Kubernetes, SourceId::Manifests];
 
@@ -96,7 +88,12 @@ mod tests {
         let mut registry = Registry::default();
         let (_status, status) = watch::channel(Arc::new(status));
         let (_snapshot, snapshots) = watch::channel(Arc::new(snapshot));
-        register(&mut registry, SOURCES.into_iter(), status, snapshots);
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let outage = Outage { what: "Service".into(), since: at(50), why: "refused".into() };
+        let down = State { heard: Some(at(40)), outages: vec![outage] };
+        let contacts = [(SourceId::Kubernetes, down), (SourceId::Manifests, State::default())];
+        let contacts = contacts.map(|(id, state)| (id, watch::channel(state).1));
+        register(&mut registry, SOURCES.into_iter(), status, Sources::new(snapshots, contacts.into()));
         let mut text = String::new();
         encode_registry(&mut text, &registry).unwrap();
         text
@@ -149,7 +146,14 @@ mod tests {
             r#"shunt_source_pending{source="manifests"} 0"#,
             r#"shunt_source_object_errors{source="kubernetes"} 0"#,
             r#"shunt_source_object_errors{source="manifests"} 1"#,
+            r#"shunt_source_stale{source="kubernetes"} 1"#,
+            r#"shunt_source_stale{source="manifests"} 0"#,
+            r#"shunt_source_last_contact_timestamp_seconds{source="kubernetes"} 40.0"#,
+            r#"shunt_source_objects{source="manifests",kind="Service"} 0"#,
         ];
-        assert_samples(&text(status, snapshot), &expected);
+        let text = text(status, snapshot);
+        assert_samples(&text, &expected);
+        let never = r#"shunt_source_last_contact_timestamp_seconds{source="manifests"}"#;
+        assert!(!text.contains(never), "a time that never was is not told: {text}");
     }
 }

@@ -1,5 +1,6 @@
 //! EndpointSlices and legacy Endpoints.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use super::field::{check_part, parse_port, parse_protocol, parse_unicast};
@@ -25,13 +26,14 @@ pub fn decode_slice(object: raw::EndpointSlice, interner: &mut Interner) -> Resu
         return Ok(context.is(Meaning::Ignored(Ignored::NoService)));
     };
     let service = context.interner.name(service);
+    let triggered = triggered(&object.metadata, &mut context);
     let family = address_type(object.address_type.as_deref()).map_err(|error| context.refuse(error))?;
     let ports = ports("ports", object.ports, &mut context).map_err(|error| context.refuse(error))?;
     let listed = object.endpoints.unwrap_or_default().into_iter().enumerate();
     let endpoints =
         listed.filter_map(|(position, endpoint)| slice_endpoint(position, endpoint, family, &mut context)).collect();
     let subsets = Box::new([EndpointSubset { ports, endpoints }]);
-    Ok(group(context, service, GroupKind::Slice, subsets))
+    Ok(group(context, service, GroupKind::Slice, subsets, triggered))
 }
 
 /// What a legacy Endpoints object means.
@@ -45,13 +47,32 @@ pub fn decode_endpoints(object: raw::Endpoints, interner: &mut Interner) -> Resu
         listed.map(|(position, listed)| subset(position, listed, &mut context)).collect();
     let subsets = subsets.map_err(|error| context.refuse(error))?;
     let service = context.key.name.clone();
-    Ok(group(context, service, GroupKind::Legacy, subsets))
+    let triggered = triggered(&object.metadata, &mut context);
+    Ok(group(context, service, GroupKind::Legacy, subsets, triggered))
 }
 
-fn group(context: Context<'_>, service: Name, kind: GroupKind, subsets: Box<[EndpointSubset]>) -> Decoded {
+/// When the change happened that led to this state of the object: nanoseconds since 1970.
+fn triggered(metadata: &raw::Metadata, context: &mut Context<'_>) -> Option<NonZeroU64> {
+    let text = metadata.annotations.as_ref()?.trigger_time.as_ref()?;
+    match text.parse::<jiff::Timestamp>() {
+        Ok(time) => u64::try_from(time.as_nanosecond()).ok().and_then(NonZeroU64::new),
+        Err(_) => {
+            context.left_out("metadata.annotations", format!("{text:?} is not a time (RFC 3339)"));
+            None
+        }
+    }
+}
+
+fn group(
+    context: Context<'_>,
+    service: Name,
+    kind: GroupKind,
+    subsets: Box<[EndpointSubset]>,
+    triggered: Option<NonZeroU64>,
+) -> Decoded {
     let (namespace, name) = (context.key.namespace.clone(), context.key.name.clone());
     let group = Arc::new(EndpointGroup { kind, name, subsets });
-    context.is(Meaning::Object(Object::Endpoints { namespace, service, group }))
+    context.is(Meaning::Object(Object::Endpoints { namespace, service, group, triggered }))
 }
 
 fn address_type(name: Option<&str>) -> Result<Family, FieldError> {

@@ -13,6 +13,15 @@ pub struct Metadata {
     pub namespace: Option<String>,
     pub labels: Option<BTreeMap<String, Option<String>>>,
     pub creation_timestamp: Option<String>,
+    pub annotations: Option<Annotations>,
+}
+
+/// The annotations that are read; the others cost nothing.
+#[derive(Deserialize, Debug, Default)]
+#[serde(default)]
+pub struct Annotations {
+    #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
+    pub trigger_time: Option<String>,
 }
 
 impl Metadata {

@@ -27,6 +27,7 @@ use crate::datapath::backoff::Backoff;
 use crate::datapath::sys;
 use crate::error::chain;
 use crate::model::{Event, Kind, SourceId, Update};
+use crate::source::contact::Contact;
 
 /// How long a watch is asked for, as client-go does it; spread, so that the watches of a cluster's nodes do not end together.
 const WATCH_SECONDS: Range<u32> = 300..600;
@@ -80,6 +81,7 @@ pub struct Follower<'a> {
     connection: &'a Connection,
     intake: &'a Mutex<Intake>,
     updates: &'a mpsc::Sender<Update>,
+    contact: &'a Contact,
     /// Of the store that was listed, if the server tells.
     identity: Option<String>,
     /// The last state of the store that is known.
@@ -97,12 +99,14 @@ impl<'a> Follower<'a> {
         connection: &'a Connection,
         intake: &'a Mutex<Intake>,
         updates: &'a mpsc::Sender<Update>,
+        contact: &'a Contact,
     ) -> Self {
         Self {
             query,
             connection,
             intake,
             updates,
+            contact,
             identity: None,
             version: String::new(),
             was_listed: false,
@@ -132,7 +136,7 @@ impl<'a> Follower<'a> {
                 Ok(next) => next,
                 Err(Failure::Unheard) => return Err(Unheard),
                 Err(Failure::Server(error)) => {
-                    self.note_failure(&error).await?;
+                    self.note_failure(&error);
                     self.pause().await;
                     after_failure(step, &error)
                 }
@@ -177,6 +181,7 @@ impl<'a> Follower<'a> {
     /// Tells that there is nothing of the kind, and asks again much later.
     async fn do_without(&mut self, error: &Error) -> Result<Step, Failure> {
         info!(kind = %self.query.kind(), %error, "going on without");
+        self.contact.found(self.query.kind().name());
         self.tell(|intake, kind| Some(intake.begin(kind))).await?;
         self.tell(|intake, kind| Some(intake.end(kind))).await?;
         self.note_success().await?;
@@ -229,6 +234,7 @@ impl<'a> Follower<'a> {
         };
         self.note_success().await?;
         while let Some(line) = lines.next().await? {
+            self.contact.heard();
             let version = match parse_event(line).map_err(Error::Unreadable)? {
                 WatchEvent::Put(object, version) => {
                     self.tell(|intake, kind| intake.put(kind, object)).await?;
@@ -254,7 +260,7 @@ impl<'a> Follower<'a> {
         sleep(self.backoff.next_wait()).await;
     }
 
-    async fn note_failure(&mut self, error: &Error) -> Result<(), Unheard> {
+    fn note_failure(&mut self, error: &Error) {
         let text = chain(error);
         let attempt = match self.failing.take() {
             Some((known, count)) if known == text => count + 1,
@@ -264,16 +270,15 @@ impl<'a> Follower<'a> {
             let (server, kind) = (self.connection.server(), self.query.kind());
             warn!(%server, %kind, error = text, attempt, "no news from the API server, retrying; what is known stays");
         }
-        self.intake.lock().await.set_stale(self.query.kind(), Some(text.clone()));
+        self.contact.lost(self.query.kind().name(), text.clone());
         self.failing = Some((text, attempt));
-        self.tell_problems().await
     }
 
     async fn note_success(&mut self) -> Result<(), Unheard> {
         if self.failing.take().is_some() {
             info!(server = %self.connection.server(), kind = %self.query.kind(), "the API server answers again");
-            self.intake.lock().await.set_stale(self.query.kind(), None);
         }
+        self.contact.found(self.query.kind().name());
         self.tell_problems().await
     }
 

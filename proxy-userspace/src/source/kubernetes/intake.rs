@@ -20,8 +20,6 @@ pub struct Intake {
     complaints: BTreeMap<ObjectKey, Vec<String>>,
     /// The same of lists under way: it counts when the list is complete.
     listing: BTreeMap<Kind, BTreeMap<ObjectKey, Vec<String>>>,
-    /// Kinds about which the server does not tell anything at the moment, and why.
-    stale: BTreeMap<Kind, String>,
     /// Something of the above has changed since it was told.
     is_changed: bool,
 }
@@ -83,25 +81,12 @@ impl Intake {
         Some(Event::Delete(key))
     }
 
-    /// From now on the server tells nothing about a kind (`why`), or tells it again.
-    pub fn set_stale(&mut self, kind: Kind, why: Option<String>) {
-        let known = match why.clone() {
-            Some(why) => self.stale.insert(kind, why),
-            None => self.stale.remove(&kind),
-        };
-        self.is_changed |= known != why;
-    }
-
     /// Everything that is wrong, if it may be other than what was told last.
     pub fn problems(&mut self) -> Option<Event> {
         std::mem::take(&mut self.is_changed).then(|| Event::Problems(self.all_problems().collect()))
     }
 
     fn all_problems(&self) -> impl Iterator<Item = ObjectProblem> {
-        let stale = self.stale.iter().map(|(kind, why)| ObjectProblem {
-            place: format!("all objects of kind {kind}"),
-            message: format!("{why}; what was known before stays"),
-        });
         let told = self.complaints.iter().take(MOST_TOLD).flat_map(|(key, messages)| {
             messages.iter().map(|message| ObjectProblem { place: key.to_string(), message: message.clone() })
         });
@@ -110,7 +95,7 @@ impl Intake {
             place: format!("{more} other objects"),
             message: "have values that cannot be used".to_owned(),
         });
-        stale.chain(told).chain(more)
+        told.chain(more)
     }
 
     /// What an object means, and which one it is. As an error, the key of one that cannot be used, if it has one.

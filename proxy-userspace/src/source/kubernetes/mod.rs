@@ -11,7 +11,7 @@
 //! | `follow` | one kind: listed, watched, listed again |
 //!
 //! An object is decoded from its text into model types and forgotten: no store, no object of kube's. A server that does not
-//! answer leaves everything as it was; [`Event::Problems`](crate::model::Event) says so. A watch that ended before its time
+//! answer leaves everything as it was; [`Contact`] says so. A watch that ended before its time
 //! goes on where it was only if the same data is still behind the server (`follow`).
 
 pub mod access;
@@ -28,6 +28,7 @@ use tokio::sync::{Mutex, mpsc};
 use tracing::info;
 
 use crate::model::{Kind, Name, SourceId, SourceSpec, Update};
+use crate::source::contact::Contact;
 use access::Access;
 use follow::Follower;
 use intake::Intake;
@@ -45,13 +46,15 @@ pub struct Kubernetes {
     access: Access,
     node: Name,
     updates: mpsc::Sender<Update>,
+    contact: Contact,
     limits: Limits,
 }
 
 impl Kubernetes {
-    /// A source that tells `updates` what the API server says; of the nodes, only of `node`.
-    pub fn new(access: Access, node: Name, updates: mpsc::Sender<Update>) -> Self {
-        Self { access, node, updates, limits: Limits::default() }
+    /// A source that tells `updates` what the API server says, of the nodes only of `node`, and `contact` whether it says
+    /// anything.
+    pub fn new(access: Access, node: Name, updates: mpsc::Sender<Update>, contact: Contact) -> Self {
+        Self { access, node, updates, contact, limits: Limits::default() }
     }
 
     /// Lists and follows every kind until nobody listens any more. A server that cannot be reached is waited for.
@@ -63,7 +66,7 @@ impl Kubernetes {
         let intake = Mutex::new(Intake::default());
         let followers = KINDS.map(|kind| {
             let query = query::Query::new(kind, &self.node);
-            Follower::new(query, &connection, &intake, &self.updates).run()
+            Follower::new(query, &connection, &intake, &self.updates, &self.contact).run()
         });
         join_all(followers).await;
         Ok(())

@@ -23,8 +23,6 @@ pub struct Folder {
     unread: BTreeSet<String>,
     /// Everything was listed.
     is_listed: bool,
-    /// What is wrong with the folder itself.
-    own_problem: Option<ObjectProblem>,
 }
 
 /// A file, as last read.
@@ -61,7 +59,7 @@ impl Folder {
     pub fn problems(&self) -> Arc<[ObjectProblem]> {
         let of_files = self.files.values().flat_map(|file| file.problems.iter().cloned());
         let contested = self.contested.iter().flat_map(|key| self.doubles(key));
-        self.own_problem.iter().cloned().chain(of_files).chain(contested).collect()
+        of_files.chain(contested).collect()
     }
 
     fn doubles(&self, key: &ObjectKey) -> impl Iterator<Item = ObjectProblem> {
@@ -71,11 +69,6 @@ impl Folder {
             place: format!("{file}: {key}"),
             message: format!("is also in {winner}, which counts"),
         })
-    }
-
-    /// Takes what is wrong with the folder itself, or that nothing is any more.
-    pub fn set_own_problem(&mut self, problem: Option<ObjectProblem>) {
-        self.own_problem = problem;
     }
 
     /// Takes a file that cannot be read: what it had stays.

@@ -20,6 +20,7 @@ use super::folder::Folder;
 use super::parse::Format;
 use crate::datapath::sys;
 use crate::model::{Event, ObjectProblem, SourceId, Update};
+use crate::source::contact::Contact;
 
 /// A file that was written so recently may be written on.
 const QUIET: Duration = Duration::from_secs(1);
@@ -31,6 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(50);
 /// How often everything is looked at without being told: for what links point to, network file systems, lost messages.
 const BACKSTOP: Duration = Duration::from_secs(5);
+
+/// What a source's contact is about.
+const FOLDER: &str = "the folder";
 
 /// Why the folder cannot be followed.
 #[derive(Debug, thiserror::Error)]
@@ -58,12 +62,13 @@ pub enum Error {
 pub struct Manifests {
     dir: PathBuf,
     updates: mpsc::Sender<Update>,
+    contact: Contact,
 }
 
 impl Manifests {
-    /// A source that tells `updates` what the manifests in `dir` say.
-    pub fn new(dir: PathBuf, updates: mpsc::Sender<Update>) -> Self {
-        Self { dir, updates }
+    /// A source that tells `updates` what the manifests in `dir` say, and `contact` whether they can be read.
+    pub fn new(dir: PathBuf, updates: mpsc::Sender<Update>, contact: Contact) -> Self {
+        Self { dir, updates, contact }
     }
 
     /// Lists the folder and follows it until nobody listens any more.
@@ -72,7 +77,7 @@ impl Manifests {
     pub async fn run(self) -> Result<(), Error> {
         let told = Arc::new(Told::default());
         let mut watch = Watch::open(&self.dir, told.clone())?;
-        let disk = Disk::new(self.dir.clone());
+        let disk = Disk::new(self.dir.clone(), self.contact.clone());
         let names = disk.names().map_err(|source| Error::List { dir: self.dir.clone(), source })?;
         let (disk, unsettled) = first_look(disk, names).await;
         let mut schedule = Schedule::default();
@@ -346,11 +351,13 @@ struct Disk {
     told: Arc<[ObjectProblem]>,
     /// The source was said to lack a file that could not be read.
     told_unread: bool,
+    contact: Contact,
 }
 
 impl Disk {
-    fn new(dir: PathBuf) -> Self {
-        Self { dir, folder: Folder::default(), stamps: BTreeMap::new(), told: Arc::default(), told_unread: false }
+    fn new(dir: PathBuf, contact: Contact) -> Self {
+        let (folder, stamps, told) = (Folder::default(), BTreeMap::new(), Arc::default());
+        Self { dir, folder, stamps, told, told_unread: false, contact }
     }
 
     /// Names of the manifests in the folder.
@@ -362,6 +369,7 @@ impl Disk {
 
     /// Reads files for the first time. Those that are being written come back.
     fn first_look(&mut self, names: Vec<String>) -> Vec<String> {
+        self.contact.found(FOLDER);
         let mut unsettled = Vec::new();
         for name in names {
             self.look_at(&name, Look::WhenClosed, &mut unsettled);
@@ -416,12 +424,14 @@ impl Disk {
         match self.names() {
             Ok(mut names) => {
                 names.extend(self.folder.files().map(str::to_owned));
-                self.folder.set_own_problem(None);
+                self.contact.found(FOLDER);
                 names
             }
             Err(error) => {
-                let message = format!("cannot be listed: {error}; what it held stays");
-                self.folder.set_own_problem(Some(ObjectProblem { place: self.dir.display().to_string(), message }));
+                let why = format!("{} cannot be listed: {error}", self.dir.display());
+                if self.contact.lost(FOLDER, why) {
+                    warn!(folder = %self.dir.display(), %error, "cannot list the folder of manifests; what it held stays");
+                }
                 BTreeSet::new()
             }
         }
@@ -501,10 +511,12 @@ mod tests {
     use super::*;
     use crate::model::content::Content;
     use crate::model::{Kind, Name, NodeFacts, Object};
+    use crate::source::contact::State;
     use crate::source::manifests::SPEC;
     use notify::event::{CreateKind, DataChange};
     use std::collections::VecDeque;
     use std::os::unix::fs::symlink;
+    use tokio::sync::watch;
 
     /// A source on a folder of its own.
     struct Running {
@@ -515,6 +527,7 @@ mod tests {
         listed: Vec<Event>,
         /// Events of updates that were received.
         events: VecDeque<Event>,
+        contact: watch::Receiver<State>,
     }
 
     fn service(port: u16) -> String {
@@ -537,8 +550,11 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = prepare(dir.path());
             let (sender, updates) = mpsc::channel(64);
-            tokio::spawn(Manifests::new(path.clone(), sender).run());
-            let mut running = Self { _dir: dir, path, updates, listed: Vec::new(), events: VecDeque::new() };
+            let contact = Contact::default();
+            let state = contact.watch();
+            tokio::spawn(Manifests::new(path.clone(), sender, contact).run());
+            let (listed, events) = (Vec::new(), VecDeque::new());
+            let mut running = Self { _dir: dir, path, updates, listed, events, contact: state };
             running.listed = running.updates.recv().await.expect("the source lists").events;
             assert!(Kind::ALL.into_iter().all(|kind| running.listed.contains(&Event::InitDone(kind))));
             running
@@ -725,7 +741,7 @@ mod tests {
         let mut file = fs::File::create(dir.path().join("web.yaml")).unwrap();
         // What is there so far is a manifest too.
         file.write_all(service(1).as_bytes()).unwrap();
-        let (disk, unsettled) = on_disk(Disk::new(dir.path().to_owned()), |disk| {
+        let (disk, unsettled) = on_disk(Disk::new(dir.path().to_owned(), Contact::default()), |disk| {
             let names = disk.names().unwrap();
             disk.first_look(names.into_iter().collect())
         })
@@ -747,7 +763,7 @@ mod tests {
         fs::write(dir.path().join("other.yaml"), service(1)).unwrap();
         let mut file = fs::File::create(dir.path().join("web.yaml")).unwrap();
         file.write_all(b"kind: [").unwrap();
-        let mut disk = Disk::new(dir.path().to_owned());
+        let mut disk = Disk::new(dir.path().to_owned(), Contact::default());
         let unsettled = disk.first_look(disk.names().unwrap().into_iter().collect());
         let events = disk.list(unsettled);
         assert!(events.contains(&Event::Unread(true)));
@@ -761,9 +777,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_folder_that_goes_away_is_told_and_takes_nothing_along() {
+        let prepare = |dir: &Path| {
+            fs::create_dir(dir.join("manifests")).unwrap();
+            plain(&dir.join("manifests"))
+        };
+        let mut running = Running::start(prepare).await;
+        let away = running.path.with_extension("away");
+        fs::rename(&running.path, &away).unwrap();
+        let state = running.contact.wait_for(|state| !state.outages.is_empty()).await.unwrap().clone();
+        assert!(state.outages[0].why.contains("manifests cannot be listed"), "{state:?}");
+        put(&away.join("web.yaml"), &service(2));
+        fs::rename(&away, &running.path).unwrap();
+        running.contact.wait_for(|state| state.outages.is_empty()).await.unwrap();
+        // The first news since the list: nothing was deleted meanwhile.
+        assert_eq!(running.port().await, 2);
+    }
+
+    #[tokio::test]
     async fn a_folder_that_is_not_there_is_an_error() {
         let (sender, _updates) = mpsc::channel(1);
-        let result = Manifests::new(PathBuf::from("/nowhere/to/be/found"), sender).run().await;
+        let result = Manifests::new(PathBuf::from("/nowhere/to/be/found"), sender, Contact::default()).run().await;
         assert!(result.unwrap_err().to_string().ends_with("/nowhere/to/be/found"));
     }
 
@@ -811,7 +845,7 @@ mod tests {
     fn a_file_that_was_just_written_is_left_alone_unless_it_is_known_to_be_whole() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("web.yaml"), service(1)).unwrap();
-        let mut disk = Disk::new(dir.path().to_owned());
+        let mut disk = Disk::new(dir.path().to_owned(), Contact::default());
         let mut unsettled = Vec::new();
         assert!(disk.look_at("web.yaml", Look::WhenQuiet, &mut unsettled).is_empty());
         assert_eq!(unsettled, ["web.yaml"]);

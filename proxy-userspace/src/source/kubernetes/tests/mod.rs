@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tempfile::TempDir;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::access::{self, Access};
@@ -15,6 +15,7 @@ use super::session::Limits;
 use super::{Kubernetes, SPEC};
 use crate::model::content::Content;
 use crate::model::{Event, Kind, Name, NodeFacts, Object, ObjectProblem, SourceId, Update};
+use crate::source::contact::{Contact, Outage, State};
 use server::{Piece, Reply, Server, event, page, status};
 
 fn service(name: &str, version: u32, port: u32) -> String {
@@ -30,6 +31,7 @@ struct Rig {
     updates: mpsc::Receiver<Update>,
     content: Content,
     problems: Arc<[ObjectProblem]>,
+    contact: watch::Receiver<State>,
     task: JoinHandle<Result<(), access::Error>>,
     /// Holds the file `token`.
     dir: TempDir,
@@ -53,9 +55,11 @@ impl Rig {
         let server = access::Server::parse(&format!("http://{server}")).unwrap();
         let access = Access::Kubeconfig { file, server: Some(server) };
         let (sender, updates) = mpsc::channel(64);
-        let source = Kubernetes { access, node: Name::from("node-a"), updates: sender, limits };
+        let told = Contact::default();
+        let contact = told.watch();
+        let source = Kubernetes { access, node: Name::from("node-a"), updates: sender, contact: told, limits };
         let content = Content::new(Arc::new(NodeFacts::named(Name::from("node-a"))), &[SPEC]);
-        Self { updates, content, problems: Arc::default(), task: tokio::spawn(source.run()), dir }
+        Self { updates, content, problems: Arc::default(), contact, task: tokio::spawn(source.run()), dir }
     }
 
     /// The next update, taken into the model.
@@ -107,6 +111,22 @@ impl Rig {
                 return problems;
             }
             self.next().await;
+        }
+    }
+
+    /// Waits until the outages are so, in words.
+    async fn until_outages(&mut self, is_so: impl Fn(&[String]) -> bool) -> Vec<String> {
+        loop {
+            let text = |outage: &Outage| format!("{}: {}", outage.what, outage.why);
+            let outages: Vec<_> = self.contact.borrow_and_update().outages.iter().map(text).collect();
+            if is_so(&outages) {
+                return outages;
+            }
+            let mut contact = self.contact.clone();
+            tokio::select! {
+                _ = self.next() => {}
+                changed = contact.changed() => changed.expect("the source goes on"),
+            }
         }
     }
 
@@ -190,7 +210,7 @@ async fn a_watch_that_ends_goes_on_from_its_last_version() {
         asked[1..].iter().map(|asked| asked.trim_end_matches(" spec.clusterIP%21%3DNone")).collect();
     assert_eq!(without_selector, expected);
     // The cut was a failure, and it is over.
-    rig.until_problems(<[String]>::is_empty).await;
+    rig.until_outages(<[String]>::is_empty).await;
 }
 
 #[tokio::test]
@@ -210,7 +230,8 @@ async fn a_version_that_is_too_old_means_a_new_list_which_prunes_at_its_end() {
         assert_eq!(rig.services(), ["a", "b"], "nothing is pruned before the end");
         assert_eq!(rig.service_events(2).await, ["listed c 1", "done"]);
         assert_eq!(rig.services(), ["b", "c"]);
-        assert!(rig.problems.is_empty(), "an old version is no failure: {:?}", rig.problems);
+        let state = rig.contact.borrow().clone();
+        assert!(state.outages.is_empty(), "an old version is no failure: {state:?}");
     }
 }
 
@@ -258,15 +279,14 @@ async fn a_list_that_fails_half_way_begins_anew_and_prunes_nothing() {
     rig.service_events(4).await;
     rig.until_visible().await;
     assert_eq!(rig.service_events(2).await, ["init", "listed a 1"]);
-    let problems = rig.until_problems(|problems| !problems.is_empty()).await;
-    let expected = "all objects of kind Service: the API server answers 410: told to; what was known before stays";
-    assert_eq!(problems, [expected]);
+    let outages = rig.until_outages(|outages| !outages.is_empty()).await;
+    assert_eq!(outages, ["Service: the API server answers 410: told to"]);
     assert_eq!(rig.services(), ["a", "b"]);
     last.send(Piece::Bytes(page(9, None, &[service("b", 3, 1)]).into())).unwrap();
     last.send(Piece::End).unwrap();
     assert_eq!(rig.service_events(3).await, ["init", "listed b 1", "done"]);
     assert_eq!(rig.services(), ["b"]);
-    rig.until_problems(<[String]>::is_empty).await;
+    rig.until_outages(<[String]>::is_empty).await;
 }
 
 #[tokio::test]
@@ -281,10 +301,10 @@ async fn answers_that_make_no_sense_leave_everything_as_it_was() {
     rig.service_events(3).await;
     rig.until_visible().await;
     first.bytes("no event\n");
-    let problems = rig.until_problems(|problems| !problems.is_empty()).await;
-    assert!(problems[0].contains("cannot be understood"), "{problems:?}");
-    rig.until_problems(|problems| problems.iter().any(|problem| problem.contains("answers 502"))).await;
-    rig.until_problems(<[String]>::is_empty).await;
+    let outages = rig.until_outages(|outages| !outages.is_empty()).await;
+    assert!(outages[0].contains("cannot be understood"), "{outages:?}");
+    rig.until_outages(|outages| outages.iter().any(|outage| outage.contains("answers 502"))).await;
+    rig.until_outages(<[String]>::is_empty).await;
     second.event("ADDED", &service("b", 8, 2));
     assert_eq!(rig.service_event().await, "put b 2");
     assert_eq!(rig.services(), ["a", "b"]);
@@ -359,7 +379,7 @@ async fn a_kind_that_is_needed_and_refused_is_waited_for() {
     server.reply("list endpointslices", Reply::Body(403, status(403)));
     server.list("services", 7, &[service("a", 3, 1)]);
     let mut rig = Rig::follow(&server);
-    rig.until_problems(|problems| problems.iter().any(|problem| problem.contains("EndpointSlice"))).await;
+    rig.until_outages(|outages| outages.iter().any(|outage| outage.contains("EndpointSlice"))).await;
     assert!(rig.content.snapshot().is_pending(SourceId::Kubernetes));
     rig.until_visible().await;
     assert_eq!(rig.services(), ["a"]);
@@ -387,12 +407,14 @@ async fn a_server_that_is_not_there_yet_is_waited_for() {
     let addr = taken.addr;
     drop(taken);
     let mut rig = Rig::follow_with(addr, Limits::default());
-    let problems = rig.until_problems(|problems| problems.len() == SPEC.kinds.len()).await;
-    assert!(problems[0].contains("Connection refused"), "{problems:?}");
+    let outages = rig.until_outages(|outages| outages.len() == SPEC.kinds.len()).await;
+    assert!(outages[0].contains("Connection refused"), "{outages:?}");
+    assert_eq!(rig.contact.borrow().heard, None);
     let server = Server::start_at(addr).await;
     server.list("services", 7, &[service("a", 3, 1)]);
     rig.until_visible().await;
-    rig.until_problems(<[String]>::is_empty).await;
+    rig.until_outages(<[String]>::is_empty).await;
+    assert!(rig.contact.borrow().heard.is_some());
 }
 
 #[tokio::test]
@@ -424,7 +446,7 @@ async fn credentials_that_are_missing_are_named() {
     let dir = std::env::temp_dir().join("no such directory");
     let server = access::Server::parse("192.0.2.1:6443").unwrap();
     let (updates, _updates) = mpsc::channel(1);
-    let run = |access| Kubernetes::new(access, Name::from("a"), updates.clone()).run();
+    let run = |access| Kubernetes::new(access, Name::from("a"), updates.clone(), Contact::default()).run();
     let error = run(Access::ServiceAccount { dir: dir.clone(), server }).await.unwrap_err();
     assert!(error.to_string().contains("no such directory/token: only pods"), "{error}");
     let error = run(Access::Kubeconfig { file: dir.join("config"), server: None }).await.unwrap_err();
