@@ -182,7 +182,8 @@ async fn build(
         reporter,
     };
 
-    let adopted = loaded.adopted;
+    // Tables that no program uses are worth nothing before they are filled.
+    let adopted = loaded.adopted && (loaded.handover.is_some() || attach::has_links(pins)?);
     let (attached_sender, attached) = watch::channel(false);
     let mut attachments = attach::Task {
         sockets: sockets(config, pins)?,
@@ -242,7 +243,8 @@ async fn build(
         sweep.run(its_drain).await;
         Ok(())
     });
-    parts.spawn("predecessor", drained(drain.clone(), async { Ok(predecessor.run().await?) }));
+    let its_status = status.clone();
+    parts.spawn("predecessor", drained(drain.clone(), async { Ok(predecessor.run(its_status).await?) }));
     let admin = admin::serve(config.admin_socket.clone(), status.clone(), reports, refused);
     parts.spawn("admin socket", drained(drain.clone(), async { match admin.await {} }));
     parts.spawn(

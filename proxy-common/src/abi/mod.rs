@@ -38,7 +38,7 @@ pub mod service;
 pub mod socket;
 
 /// Version of every layout in this module; part of the pin path.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Declares a map key or value: `repr(C)`, comparable, zeroable, of exactly `SIZE` bytes and no padding.
 macro_rules! abi {

@@ -1,6 +1,5 @@
 //! `shunt cleanup`: everything that the agent left in the kernel is taken out. Running it twice is the same as once.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -16,9 +15,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Between two lines that say how many these are.
 const TELL: Duration = Duration::from_secs(10);
 
-/// Detaches, unpins and undoes what lies below `bpffs`; after what is there has ended, if `drain` says so.
-pub(super) fn run(bpffs: &Path, drain: Option<Option<Duration>>) -> Result<()> {
-    let pins = Pins::new(bpffs);
+/// Detaches, unpins and undoes what is pinned; after what is there has ended, if `drain` says so.
+pub(super) fn run(pins: &Pins, drain: Option<Option<Duration>>) -> Result<()> {
+    let bpffs = pins.base();
     if !bpffs.exists() {
         return super::print(&format!("nothing is pinned below {}\n", bpffs.display()));
     }
@@ -26,11 +25,11 @@ pub(super) fn run(bpffs: &Path, drain: Option<Option<Duration>>) -> Result<()> {
     let lock = pins.lock().context("nothing was removed")?;
     if let Some(limit) = drain {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-        runtime.context("cannot start the runtime")?.block_on(drain_flows(&pins, limit))?;
+        runtime.context("cannot start the runtime")?.block_on(drain_flows(pins, limit))?;
     }
-    let detached = attach::detach_all(&pins)?;
-    reserve::release(&pins)?;
-    predecessor::release(&pins)?;
+    let detached = attach::detach_all(pins)?;
+    reserve::release(pins)?;
+    predecessor::release(pins)?;
     let layouts = pins.layouts()?;
     layouts.iter().try_for_each(|layout| pins.remove(*layout))?;
     pins.clear_remains()?;
@@ -47,7 +46,9 @@ pub(super) fn run(bpffs: &Path, drain: Option<Option<Duration>>) -> Result<()> {
 
 /// Withdraws the frontends, then waits until no flow is left or `limit` is over.
 async fn drain_flows(pins: &Pins, limit: Option<Duration>) -> Result<()> {
-    let Some(layout) = pins.current()? else { return Ok(()) };
+    let layouts = pins.layouts()?;
+    let Some(layout) = layouts.last() else { return Ok(()) };
+    anyhow::ensure!(layouts.len() == 1, "an agent did not finish changing the tables: start it once more, then drain");
     let is_readable = layout.version == pins.version();
     anyhow::ensure!(is_readable, "these tables are of another version of shunt: drain with that one");
     let maps = MapFds::open_pinned(pins)?;

@@ -22,6 +22,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use crate::config::raw::{AgentFlags, DEFAULT_ADMIN_SOCKET, DEFAULT_BPFFS};
 use crate::config::{self};
 use crate::datapath::kernel;
+use crate::datapath::pins::Pins;
 use table::Format;
 
 /// Bad usage, bad configuration, or a kernel that cannot do what is wanted (sysexits(3): EX_USAGE).
@@ -93,6 +94,12 @@ enum Command {
     },
     /// Print a manifest to start from
     Example,
+}
+
+impl PinArgs {
+    fn pins(&self) -> Pins {
+        Pins::new(&self.bpffs).with_version(self.layout_version)
+    }
 }
 
 /// Where things are pinned.
@@ -186,7 +193,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Services(args) => show::services(&args),
         Command::Backends(args) => show::backends(&args),
         Command::Flows(args) => show::flows(&args),
-        Command::Cleanup(args) => cleanup::run(&args.pins.bpffs, args.drain),
+        Command::Cleanup(args) => cleanup::run(&args.pins.pins(), args.drain),
         Command::Version => {
             print(&format!("shunt {}\ntable layout {}\n", env!("CARGO_PKG_VERSION"), proxy_common::abi::ABI_VERSION))
         }

@@ -20,7 +20,7 @@ use crate::telemetry::admin::{self, Report};
 use crate::telemetry::source::{OutageReport, SourceReport};
 
 fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
-    let pins = Pins::new(&args.pins.bpffs).with_version(args.pins.layout_version);
+    let pins = args.pins.pins();
     let maps = MapFds::open_pinned(&pins)?;
     let others = pins.layouts()?;
     maps.get("services").with_context(|| match others.last() {

@@ -178,6 +178,12 @@ pub fn detach_dialling(pins: &Pins) -> Result<(), pins::Error> {
     links.iter().filter(|pin| direction_of(pin) == Direction::Forward).try_for_each(|pin| detach(pin))
 }
 
+/// True if programs of an earlier agent run.
+pub fn has_links(pins: &Pins) -> Result<bool, pins::Error> {
+    let directories = [pins.cgroup_links(), pins.tcx_links(), pins.xdp_links()];
+    directories.iter().try_fold(false, |found, directory| Ok(found || !pins::list(directory)?.is_empty()))
+}
+
 /// Detaches everything that is pinned: what translates before what undoes. Returns how many links there were.
 pub fn detach_all(pins: &Pins) -> Result<usize, pins::Error> {
     let mut links = pins::list(&pins.xdp_links())?;
@@ -323,11 +329,6 @@ impl DeviceLinks {
     /// The programs that are attached.
     pub fn programs(&self) -> &Programs {
         &self.programs
-    }
-
-    /// Interface indices that have programs.
-    pub fn attached(&self) -> impl Iterator<Item = u32> {
-        self.attached.keys().copied()
     }
 
     /// Puts this agent's programs of one direction behind the links that an earlier agent left, in all devices. Those that
@@ -647,9 +648,12 @@ impl Task {
             handover.close()?;
         }
         let mut is_complete = true;
+        let mut refused = None;
         for direction in Direction::ORDER {
-            if let Some(sockets) = &self.sockets {
-                sockets.attach(self.devices.programs(), direction)?;
+            if let Some(sockets) = &self.sockets
+                && let Err(error) = sockets.attach(self.devices.programs(), direction)
+            {
+                refused = Some(error);
             }
             for error in self.devices.replace(&network, &facts, direction) {
                 warn!(error = chain(&error), "a program was not replaced");
@@ -659,13 +663,14 @@ impl Task {
         if self.sockets.is_none() {
             detach_sockets(&self.devices.pins)?;
         }
-        if is_complete {
+        if is_complete && refused.is_none() {
             return self.leave_earlier();
         }
         if let Some(handover) = &mut self.handover {
             handover.finish()?;
         }
-        Ok(())
+        // Told last: packets are served by then, whatever becomes of the agent.
+        refused.map_or(Ok(()), Err)
     }
 
     /// No link runs earlier programs any more: what those used goes.

@@ -31,7 +31,7 @@ fn as_it_is(old: &[u8], new: &mut Vec<u8>) {
     new.extend_from_slice(old);
 }
 
-/// Versions before this one that can be read, with the maps whose entries were others. (None yet: version 1 is the first.)
+/// Versions before this one that can be read, with the maps whose entries were others. (None yet: version 1 was on no node.)
 const OLDER: [(u32, &str, Conversion); 0] = [];
 
 /// True if the tables of a version can be read.

@@ -117,7 +117,7 @@ impl Handover {
         }
         let layout = self.commit()?;
         if let Some(carry) = &self.carry {
-            carry.hold_old(Seconds(u32::MAX))?;
+            carry.hold_old(deadline())?;
         }
         info!(from = self.from, to = %layout, "another layout of the tables counts");
         Ok(())

@@ -29,7 +29,7 @@ impl Proxy {
         match self {
             Self::KubeProxy => "stop kube-proxy and run `kube-proxy --cleanup`; connections that it serves live on",
             Self::Ipvs => "stop kube-proxy and run `kube-proxy --cleanup`",
-            Self::Cilium => "set kubeProxyReplacement=false in Cilium, or do not run shunt on this node",
+            Self::Cilium => "make sure that it has kubeProxyReplacement=false, or do not run shunt on this node",
             Self::Calico => "set bpfEnabled=false in Calico's FelixConfiguration, or do not run shunt on this node",
         }
     }

@@ -7,17 +7,20 @@
 //! May touch: what [`netfilter`] offers, a note in the pin directory, frontends and address classes for reading.
 
 use std::fs;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proxy_common::abi::address::AddressClass;
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::addr::Addr;
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::kernel::{self, MapFds};
 use super::maps::{self, Table};
 use super::netfilter::{self, Dialled};
 use super::pins::{self, Pins};
+use super::reconcile::Status;
 use crate::error::chain;
 
 /// Between two looks whether any connection is left; a look lists all that are translated.
@@ -60,11 +63,14 @@ impl Task {
         }
     }
 
-    /// Looks now and then until no connection is left. The first time after a while: by then there is a plan.
-    pub async fn run(self) -> Result<(), pins::Error> {
+    /// Looks now and then until no connection is left, once the tables have all frontends: until then nobody knows whose the
+    /// connections are.
+    pub async fn run(self, mut status: watch::Receiver<Arc<Status>>) -> Result<(), pins::Error> {
+        // Without a sender the agent ends.
+        let _ = status.wait_for(|status| status.is_ready).await;
         while is_noted(&self.pins)? {
             tokio::time::sleep(INTERVAL).await;
-            self.look()?;
+            tokio::task::block_in_place(|| self.look())?;
         }
         std::future::pending().await
     }
@@ -111,10 +117,12 @@ fn is_noted(pins: &Pins) -> Result<bool, pins::Error> {
 pub fn release(pins: &Pins) -> Result<(), pins::Error> {
     if is_noted(pins)? {
         match netfilter::stop_translating() {
-            Ok(()) => info!("the kernel is free to end the connections of a predecessor"),
+            Ok(()) => {
+                info!("the kernel is free to end the connections of a predecessor");
+                pins.unmark(NOTE)?;
+            }
             Err(error) => warn!(%error, table = netfilter::TABLE, "a table of nf_tables cannot be removed"),
         }
-        pins.unmark(NOTE)?;
     }
     Ok(())
 }

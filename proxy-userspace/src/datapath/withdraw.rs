@@ -19,7 +19,7 @@ use super::attach;
 use super::inspect::FlowState;
 use super::kernel::{self, MapFds};
 use super::maps::{self, KernelMaps, Refused, Table};
-use super::pins::{self, Pins};
+use super::pins::{self, LOADED_NOTE, Pins};
 use super::sweep::{self, Outcome};
 
 /// Why frontends could not be withdrawn.
@@ -47,6 +47,8 @@ impl From<Refused> for Error {
 ///
 /// The order matters: at each moment a new connection is either served as before or not touched at all.
 pub fn withdraw(pins: &Pins, maps: &MapFds) -> Result<usize, Error> {
+    // An agent that takes over has nothing to send clients to before it has planned.
+    pins.unmark(LOADED_NOTE)?;
     // First: an address that lost its class would be refused as one that no service has.
     KernelMaps::open(maps)?.clear_service_cidrs()?;
     withdraw_addresses(maps)?;

@@ -179,10 +179,12 @@ impl Group {
     pub fn stage(&self, op: &Op) -> Stage {
         let leftovers = self.subject == Subject::Leftovers;
         match op {
-            Op::PutCidrs(_) | Op::PutName { .. } | Op::PutBackend { .. } => Stage::Prepare,
+            Op::PutName { .. } | Op::PutBackend { .. } => Stage::Prepare,
             Op::PublishService { .. } if leftovers => Stage::Withdraw,
             Op::WriteSlots { .. } | Op::PublishService { .. } => Stage::Prepare,
             Op::PutFrontend { .. } => Stage::Point,
+            // An address of a new ServiceCIDR is dropped unless it is known by then.
+            Op::PutCidrs(_) => Stage::Reveal,
             Op::PutAddress { .. } | Op::PutPorts { .. } if !leftovers => Stage::Reveal,
             Op::DeleteFrontend { .. } => Stage::Withdraw,
             Op::PutAddress { .. } | Op::PutPorts { .. } | Op::DeleteAddress { .. } => Stage::Conceal,
