@@ -343,9 +343,12 @@ impl Nat {
 
     /// A fragment that says no ports, of a packet whose ports nobody knows.
     fn unknown_fragment(&self, is_egress: bool, packet: &Packet) -> Expected {
-        let is_frontend =
-            self.frontends().any(|(_, frontend)| matches!(frontend.at, At::Addr(at) if at.ip() == packet.ip.dst));
-        if !is_egress && is_frontend { Expected::Drop } else { Expected::Same }
+        let is_ours = if is_egress {
+            self.facts.services.iter().any(|prefix| prefix.contains(packet.ip.dst))
+        } else {
+            self.frontends().any(|(_, frontend)| matches!(frontend.at, At::Addr(at) if at.ip() == packet.ip.dst))
+        };
+        if is_ours { Expected::Drop } else { Expected::Same }
     }
 
     #[track_caller]

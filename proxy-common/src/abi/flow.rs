@@ -39,10 +39,10 @@ impl FlowKey {
 }
 
 abi! {
-    /// Value of a flow entry. Fields that packets change are the first two; the others are fixed when it is made.
+    /// Value of a flow entry. Packets change the first two, `mac` and `stamp`; the other fields are fixed when it is made.
     pub struct FlowValue [80] {
         /// Seconds of the last packet (high half), state bits (low half); of the plain entry. See [`crate::lb::flow::Hot`].
-        /// front: seconds of the last question for `mac`. snat, while pending: when it was made, and whether it is in use; see
+        /// front: seconds of the last question for `mac`. snat: when it was made, and whether it is in use; see
         /// [`crate::lb::flow::Hold`].
         pub hot: u64,
         /// Proof of the return path, of the plain entry; of the others, what it was at first. See [`crate::lb::flow::Proof`].
@@ -96,7 +96,7 @@ impl FlowValue {
 
 /// A flow entry in place: fixed fields by reference, the changing ones by single loads and stores.
 ///
-/// Several CPUs may touch one flow; each of the two changing words is written whole, the newest store wins.
+/// Several CPUs may touch one flow; each of the changing words is written whole, the newest store wins.
 #[derive(Clone, Copy)]
 pub struct FlowRef<'a> {
     entry: *mut FlowValue,

@@ -197,9 +197,9 @@ pub mod lifetime {
     pub const TCP_HALF_CLOSED: u32 = 3600;
     /// As long as Linux keeps TIME_WAIT: a source port is not used anew towards a backend that still remembers it.
     pub const TCP_FINISHED: u32 = 60;
-    /// After a reset in the client's name: if it was forged, the connection survives it unless it is silent for longer than
-    /// usual keepalives are apart.
-    pub const TCP_RESET: u32 = 300;
+    /// After a reset in the client's name: if it was forged, the connection survives it unless it is silent for that long.
+    /// (Longer, and clients that end all their connections so would use up the source ports towards a backend.)
+    pub const TCP_RESET: u32 = 60;
     /// The kernel's SYN_RECV is 60, SYN_SENT 120.
     pub const TCP_OPENING: u32 = 55;
     /// The kernel: 120 once answered.

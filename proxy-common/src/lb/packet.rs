@@ -165,6 +165,20 @@ pub fn refusal<F: Lookups>(flows: &F, packet: &Parsed) -> Option<(DropReason, Re
     }
 }
 
+/// The refusal of a packet to an address of the services' range that no service has; `None` for everything else. What
+/// [`ingress`] says too, for hooks that come before it.
+#[inline(always)]
+pub fn unallocated<T: Tables>(tables: &T, packet: &Parsed) -> Option<(DropReason, Refusal)> {
+    let dst = &packet.tuple.dst;
+    if packet.kind == Kind::IcmpError || dst.is_multicast_or_broadcast() || tables.address(dst).flags != 0 {
+        return None;
+    }
+    match unknown_address(tables, packet) {
+        Verdict::Refuse(reason, refusal) => Some((reason, refusal)),
+        _ => None,
+    }
+}
+
 /// What the destination port is used for, if the destination is this node; any use for other addresses.
 #[inline(always)]
 fn uses_of<T: Tables>(flows: &T, class: AddressClass, packet: &Parsed) -> PortUse {
@@ -392,7 +406,10 @@ fn is_foreign<F: Flows>(flows: &F, packet: &Parsed, snat: FlowRef<'_>) -> bool {
     };
     let Some(plain) = find(flows, &tuple.plain_key().0) else { return false };
     let hot = Hot::unpack(plain.hot());
-    if established && hot.is_finished() {
+    // One that the client has reset may have been opened anew by itself.
+    let is_reset = hot.state & Hot::RESET_CLIENT != 0;
+    let is_left = is_reset && !Proof::syn(plain.stamp()).is_answered_by(packet.acknowledgment);
+    if established && (is_left || is_over(flows, packet.tuple.proto, plain)) {
         flows.remove(&packet.tuple.snat_key());
         return true;
     }
@@ -472,7 +489,9 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
         if clash && !opens {
             return Known::Stray;
         }
-        let anew = opens && (hot.is_finished() || Proof(plain.proof()).is_other_syn(packet.sequence));
+        // After the client's reset it is most likely a new connection, which gets no backend that its service has dropped.
+        let is_dropped = hot.state & Hot::RESET_CLIENT != 0 && !direct && !is_in_set(flows, &packet.tuple, front);
+        let anew = opens && (hot.is_finished() || is_dropped || Proof(plain.proof()).is_other_syn(packet.sequence));
         if gone || clash || anew {
             if is_settling(flows) {
                 return Known::Held;
@@ -1219,7 +1238,11 @@ fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> u64 {
     }
     // Looked up first: an insertion that fails has pushed out another entry all the same (an LRU makes room beforehand).
     if let Some(other) = flows.pending(&key) {
-        return if leads_to(other, &value.peer, value.peer_port) { FREE } else { rank(other, reply.dport) };
+        if !leads_to(other, &value.peer, value.peer_port) {
+            return rank(other, reply.dport);
+        }
+        // Its own, of a beginning before this one.
+        return if flows.insert_pending(&key, value, false) { FREE } else { ESTABLISHED };
     }
     if !flows.insert_pending(&key, value, true) {
         return ESTABLISHED;
@@ -1337,7 +1360,13 @@ pub fn egress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
         }
         Kind::Transport | Kind::LaterFragment => {
             if !fragment_ports(flows, packet, Hook::Egress) {
-                return PASS;
+                // To a service's address, its first fragment was refused.
+                return match flows.config() {
+                    Some(config) if config.is_service_address(&packet.outer_dst) => {
+                        Verdict::Refuse(DropReason::FragmentUnknown, Refusal::Drop)
+                    }
+                    _ => PASS,
+                };
             }
         }
         Kind::IcmpError | Kind::IcmpRedirect => {}

@@ -59,18 +59,23 @@ pub fn uplink(ctx: XdpContext) -> u32 {
     let frame = Frame(ctx.ctx);
     let Some(parsed) = wire::parse_ethernet::<_, false>(&frame) else { return XDP_PASS };
     let env = Env { ctx: frame };
-    let is_tcp = parsed.tuple.proto == Proto::TCP;
+    if parsed.tuple.proto != Proto::TCP {
+        return match packet::unallocated(&env, &parsed) {
+            Some((reason, refusal)) if receiver(&frame).is_some() => refuse(frame, &parsed, reason, refusal),
+            _ => XDP_PASS,
+        };
+    }
     // Each arm asks who the frame is for, rather than all at once: what an arm has no value for would be kept across the
     // look-up all the same, and the verifier refuses that ("R2 !read_ok", Linux 6.18, LLVM 22).
     match packet::ingress_known(&env, &parsed) {
         Some(Verdict::Pass) => XDP_PASS,
         Some(Verdict::Refuse(reason, refusal)) if receiver(&frame).is_some() => refuse(frame, &parsed, reason, refusal),
         Some(Verdict::Rewrite(change))
-            if is_tcp && packet::is_final(&env, &parsed, &change) && receiver(&frame).is_some() =>
+            if packet::is_final(&env, &parsed, &change) && receiver(&frame).is_some() =>
         {
             translate(frame, &parsed, &change)
         }
-        None if is_tcp && receiver(&frame).is_some_and(|device| device.has(DeviceRecord::SENDS)) => {
+        None if receiver(&frame).is_some_and(|device| device.has(DeviceRecord::SENDS)) => {
             match packet::refusal(&env, &parsed) {
                 Some((reason, refusal)) => refuse(frame, &parsed, reason, refusal),
                 None => XDP_PASS,

@@ -212,19 +212,25 @@ fn is_expired(key: &FlowKey, plain: &FlowValue, now: Seconds) -> bool {
 fn remove_flow<T: Entries>(table: &T, plain_key: &FlowKey, plain: &FlowValue) -> Result<(), Error> {
     let ends = Ends::of(plain_key, plain);
     for key in [Some(ends.front_key()), ends.snat_key()].into_iter().flatten() {
-        if table.get(&key)?.is_some_and(|value| plain_of(&key, &value) == *plain_key && !is_newer(&value, plain)) {
+        if table.get(&key)?.is_some_and(|value| plain_of(&key, &value) == *plain_key && !is_newer(&key, &value, plain))
+        {
             table.remove(&key)?;
         }
     }
-    if table.get(plain_key)?.is_some_and(|value| !is_newer(&value, plain)) {
+    if table.get(plain_key)?.is_some_and(|value| !is_newer(plain_key, &value, plain)) {
         table.remove(plain_key)?;
     }
     Ok(())
 }
 
 /// True if an entry is of a flow that began after the last packet of `plain`'s.
-fn is_newer(entry: &FlowValue, plain: &FlowValue) -> bool {
-    Hot::unpack(entry.hot).seen > Hot::unpack(plain.hot).seen
+fn is_newer(key: &FlowKey, entry: &FlowValue, plain: &FlowValue) -> bool {
+    let since = match key.kind {
+        // When it took its port (`flow::Hold`).
+        FlowKey::SNAT => Seconds::from_nanos(entry.hot),
+        _ => Hot::unpack(entry.hot).seen,
+    };
+    since > Hot::unpack(plain.hot).seen
 }
 
 /// Who takes part in a flow, from its plain entry.
@@ -439,7 +445,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use proxy_common::addr::Port;
-    use proxy_common::lb::flow::lifetime;
+    use proxy_common::lb::flow::{Hold, lifetime};
 
     use super::*;
 
@@ -489,7 +495,8 @@ mod tests {
         let flags = base.flags | if client_is_a { FlowValue::CLIENT_IS_A } else { 0 };
         let plain = FlowValue { peer: frontend.0, peer_port: frontend.1, alias_port: own.1, flags, ..base };
         let front = FlowValue { peer: backend.0, peer_port: backend.1, alias_port: alias.1, ..base };
-        let snat = FlowValue { peer: alias.0, peer_port: alias.1, ..base };
+        let hold = Hold(u64::from(seen.0) << 30).0;
+        let snat = FlowValue { hot: hold, peer: alias.0, peer_port: alias.1, ..base };
         [
             (plain_key, plain),
             (tuple(own, frontend, Proto::UDP).front_key(), front),

@@ -58,7 +58,7 @@ impl Record for FlowValue {
     fn merged(new: &Self, old: &Self) -> Option<Self> {
         /// When a packet was last seen is of use to half a minute.
         const LAG: u32 = 2;
-        let connection = |value: &Self| Self { hot: 0, proof: 0, mac: [0; 3], ..*value };
+        let connection = |value: &Self| Self { hot: 0, proof: 0, mac: [0; 3], stamp: 0, ..*value };
         let (theirs, ours) = (Hot::unpack(old.hot), Hot::unpack(new.hot));
         if connection(new) != connection(old) {
             return (theirs.seen > ours.seen).then_some(*old);
@@ -66,7 +66,8 @@ impl Record for FlowValue {
         let hot = Hot { seen: ours.seen.max(theirs.seen), state: ours.state | theirs.state };
         let proof = if new.proof == 0 { old.proof } else { new.proof };
         let mac = if new.mac == [0; 3] { old.mac } else { new.mac };
-        let merged = Self { hot: hot.pack(), proof, mac, ..*new };
+        let stamp = if theirs.seen > ours.seen { old.stamp } else { new.stamp };
+        let merged = Self { hot: hot.pack(), proof, mac, stamp, ..*new };
         let is_behind = ours.seen.age(theirs.seen) > LAG;
         (is_behind || merged.essence() != new.essence()).then_some(merged)
     }
