@@ -440,10 +440,11 @@ impl Nat {
     fn open_direct(&mut self, spot: Spot, packet: &Packet, got: Option<(SocketAddr, SocketAddr)>) -> Expected {
         let (seen_client, got_dst) = got.expect("a direct packet comes out");
         assert_eq!(got_dst, packet.dst(), "a direct packet keeps its destination");
+        // One that somebody else began is over.
+        self.connections.retain(|other| !other.is_to_frontend(packet.proto(), packet.src(), packet.dst()));
         let backend = Backend { addr: packet.dst(), is_local: false };
         self.check_seen_port(packet.proto(), packet.src(), seen_client, backend, true);
         let connection = Connection { is_direct: true, ..Connection::new(spot, packet, backend, seen_client, false) };
-        self.connections.retain(|other| !other.is_to_frontend(packet.proto(), packet.src(), packet.dst()));
         self.connections.push(connection);
         self.to_backend(spot, packet, &connection)
     }
