@@ -48,6 +48,27 @@ fn services_work_without_an_agent_and_keep_their_ids_under_the_next() {
 }
 
 #[test]
+fn node_ports_follow_the_default_route() {
+    let mut node = Lone::new();
+    let _server = node.place.serve(Ports { tcp: &[8080], udp: &[] });
+    node.place.ns().ip(["addr add 10.244.2.1/24 dev eth0"]);
+    let web = service("web", "10.96.0.10", &["10.244.1.1"], 8080)
+        .replace("type: ClusterIP", "type: NodePort")
+        .replace("{port: 80, protocol: TCP}", "{port: 80, protocol: TCP, nodePort: 30080}");
+    node.manifests.write_text("web", &web);
+    node.start([]);
+    let answers =
+        |node: &Lone, last| node.place.tcp(SocketAddr::new(Ipv4Addr::new(10, 244, last, 1).into(), 30080)).is_ok();
+    wait::until("the first address to answer", || answers(&node, 1));
+    assert!(!answers(&node, 2));
+    node.place.ns().ip(["route add default via 10.244.2.2 src 10.244.2.1"]);
+    wait::until("the address that leads out to answer", || answers(&node, 2));
+    wait::until("the other one to stop", || !answers(&node, 1));
+    node.place.ns().ip(["route del default"]);
+    wait::until("the first address to answer again", || answers(&node, 1) && !answers(&node, 2));
+}
+
+#[test]
 fn a_manifest_that_is_broken_while_the_agent_restarts_costs_its_service_nothing() {
     let mut node = Lone::new();
     let _server = node.place.serve(Ports { tcp: &[8080], udp: &[] });

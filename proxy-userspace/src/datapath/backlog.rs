@@ -152,12 +152,12 @@ impl Backlog {
             entries.contains_key(entry)
         });
         waiting.due = None;
-        match refused {
-            Some(error) => {
-                waiting.attempts += 1;
-                waiting.error = error;
-            }
-            None => _ = self.subjects.remove(subject),
+        if let Some(error) = refused {
+            waiting.attempts += 1;
+            waiting.error = error;
+        }
+        if waiting.ops.is_empty() {
+            self.subjects.remove(subject);
         }
     }
 }
