@@ -49,6 +49,7 @@ const UPDATE_QUEUE: usize = 4096;
 
 /// Runs the agent until SIGTERM or SIGINT, or until a part fails. The datapath stays in either case.
 pub fn run(config: Config) -> Result<()> {
+    sys::share_heap();
     let pins = Pins::new(&config.bpffs).with_version(config.layout_version);
     pins.prepare()?;
     let lock = pins.lock()?;

@@ -18,7 +18,7 @@ const TELL: Duration = Duration::from_secs(10);
 /// Detaches, unpins and undoes what is pinned; after what is there has ended, if `drain` says so.
 pub(super) fn run(pins: &Pins, drain: Option<Option<Duration>>) -> Result<()> {
     let bpffs = pins.base();
-    if !bpffs.exists() {
+    if !bpffs.try_exists().with_context(|| format!("cannot look into {}", bpffs.display()))? {
         return super::print(&format!("nothing is pinned below {}\n", bpffs.display()));
     }
     // An agent that runs would attach everything again.

@@ -13,6 +13,7 @@ mod show;
 mod table;
 
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -46,7 +47,40 @@ Examples:
 The agent can be stopped, killed and replaced at any moment: what it has programmed stays pinned below --bpffs and goes
 on working, and the next agent takes it over. `shunt cleanup` removes it.";
 
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  sudo shunt status
+  sudo shunt status -o json | jq '.report.sources[] | {name, stale, outages, rejected}'
+
+Tables, attachments and drops are read from the kernel, with or without an agent. A running agent adds how its sources
+stand (what they listed, since when one is silent and its part of the tables stale, which objects they reject), what the
+tables refused, and what services ask for and do not get.";
+
+const SERVICES_EXAMPLES: &str = "\
+Examples:
+  sudo shunt services
+  sudo shunt services -o json | jq -r '.[] | select(.cluster == \"reject\") | .name'    services without backends
+
+CLUSTER and LOCAL are the two sets of backends of a service: how many are in each, or what clients get because there is
+none. FRONTENDS with `-o json` tell which clients get which set.";
+
+const BACKENDS_EXAMPLES: &str = "\
+Examples:
+  sudo shunt backends
+  sudo shunt backends -o json | jq -r '.[] | select(.local) | .address'    those on this node";
+
+const FLOWS_EXAMPLES: &str = "\
+Examples:
+  sudo shunt flows
+  sudo shunt flows -o json | jq -r '.[] | select(.state == \"established\") | .client'
+
+A connection is listed while packets carry it. Those that a socket hook translated at connect are not: the kernel keeps
+them as plain connections to the backend (`ss -t` shows them).";
+
 const CLEANUP_HELP: &str = "\
+Refused while an agent runs. Nothing that others attached, mounted or reserved is touched. Running it twice is the same as
+once.
+
 Examples:
   shunt cleanup               everything goes at once, and with it the connections that packets made
   shunt cleanup --drain 10m   hand over to a kube-proxy that runs already: new connections are its own from the first moment
@@ -74,12 +108,16 @@ enum Command {
     #[command(after_help = AGENT_EXAMPLES)]
     Agent(Box<AgentFlags>),
     /// What is programmed, attached and dropped, in short
+    #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArgs),
     /// Services with their frontends, backends and traffic
+    #[command(after_help = SERVICES_EXAMPLES)]
     Services(ShowArgs),
     /// Backends and the services that use them
+    #[command(after_help = BACKENDS_EXAMPLES)]
     Backends(ShowArgs),
     /// Connections that packets made (translated sockets need no record)
+    #[command(after_help = FLOWS_EXAMPLES)]
     Flows(ShowArgs),
     /// Detach and remove everything that is pinned; traffic to services stops, or goes on by a successor with --drain
     #[command(after_help = CLEANUP_HELP)]
@@ -162,6 +200,9 @@ pub fn run(words: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Exit
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
+            if is_denied(&error) && !is_root() {
+                eprintln!("hint: this needs root");
+            }
             exit_code(&error)
         }
     }
@@ -179,6 +220,16 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
         || error.is::<kernel::Unsupported>()
         || matches!(error.downcast_ref(), Some(kernel::Error::TooSmall(_)));
     if is_usage { ExitCode::from(BAD_USAGE) } else { ExitCode::FAILURE }
+}
+
+/// The kernel does not let us.
+fn is_denied(error: &anyhow::Error) -> bool {
+    let is_so = |error: &std::io::Error| error.kind() == std::io::ErrorKind::PermissionDenied;
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(is_so))
+}
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }
 
 /// Whoever read our output has seen enough.

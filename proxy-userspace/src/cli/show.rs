@@ -64,7 +64,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
     if view.agent {
         match admin::ask(&args.admin_socket) {
             Ok(report) => view.report = Some(report),
-            Err(error) => eprintln!("note: {}", chain(&error)),
+            Err(error) => eprintln!("note: {}; does it listen at another --admin-socket?", chain(&error)),
         }
     }
     match args.show.output {

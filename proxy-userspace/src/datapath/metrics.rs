@@ -3,9 +3,11 @@
 //! Counters of services are read in batches, as far as ids go; tables that may be huge are not walked: how many flows there
 //! are is what the sweep last saw. May touch: map entries and pins, for reading.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _};
@@ -32,12 +34,13 @@ use super::pins::{self, Pins};
 use super::restore::Error;
 use super::{sweep, sys};
 use crate::error::chain;
+use crate::model::Family;
 use crate::planner::ServiceId;
 
 /// Reads what the kernel holds whenever metrics are asked for.
 #[derive(Debug)]
 pub struct Tables {
-    maps: MapFds,
+    maps: Arc<MapFds>,
     pins: Pins,
     sweep: watch::Receiver<sweep::Report>,
 }
@@ -45,6 +48,8 @@ pub struct Tables {
 impl Tables {
     /// Makes the tables' metrics known to `registry`.
     pub fn register(registry: &mut Registry, maps: MapFds, pins: Pins, sweep: watch::Receiver<sweep::Report>) {
+        let maps = Arc::new(maps);
+        registry.sub_registry_with_prefix("kubeproxy").register_collector(Box::new(Locality(maps.clone())));
         let tables = Self { maps, pins, sweep };
         registry.sub_registry_with_prefix("shunt").register_collector(Box::new(tables));
     }
@@ -136,6 +141,65 @@ fn slots_of(record: &ServiceRecord) -> usize {
     let end = |range: Range| range.base.saturating_add(range.count);
     let shared = end(a).min(end(b)).saturating_sub(a.base.max(b.base));
     (a.count + b.count - shared) as usize
+}
+
+/// Under kube-proxy's name, which services a traffic policy Local leaves without endpoints on this node.
+#[derive(Debug)]
+struct Locality(Arc<MapFds>);
+
+/// Traffic policy and family.
+type Policy = (&'static str, Family);
+
+impl Collector for Locality {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let counts = match without_local(&self.0) {
+            Ok(counts) => counts,
+            Err(error) => {
+                warn!(error = chain(&error), "the tables cannot be read for metrics");
+                return Ok(());
+            }
+        };
+        let help = "Service ports that have endpoints, but a traffic policy Local and no endpoint on this node";
+        let series = counts.into_iter().map(|((policy, family), count)| {
+            ([("traffic_policy", policy), ("ip_family", family.name())], count as u64)
+        });
+        gauges(&mut encoder, "sync_proxy_rules_no_local_endpoints_total", help, series)
+    }
+}
+
+/// How many service ports drop the clients of a policy, for want of an endpoint on this node and not of all endpoints.
+fn without_local(maps: &MapFds) -> Result<BTreeMap<Policy, usize>, Error> {
+    let (mut dropping, mut id) = (BTreeSet::new(), 0);
+    MappedArray::open(maps, "services", false)?.for_each(|record: &ServiceRecord| {
+        if Range::unpack(record.local) == Range::DROP {
+            dropping.insert(id);
+        }
+        id += 1;
+    });
+    let mut frontends = Vec::new();
+    if !dropping.is_empty() {
+        Table::open(maps, "frontends")?.for_each(|key: &FrontendKey, value: &FrontendValue| {
+            frontends.extend(dropping.contains(&value.service).then_some((key.addr, *value)));
+        })?;
+    }
+    Ok(count_policies(&frontends))
+}
+
+/// Counts services by the policies that lead clients of their frontends to the local set.
+fn count_policies(frontends: &[(Addr, FrontendValue)]) -> BTreeMap<Policy, usize> {
+    let mut services: BTreeMap<Policy, BTreeSet<u32>> = ["internal", "external"]
+        .into_iter()
+        .flat_map(|policy| Family::ALL.map(|family| ((policy, family), BTreeSet::new())))
+        .collect();
+    for (addr, value) in frontends {
+        let policy = match (value.has(FrontendValue::CLUSTER_IP), value.has(FrontendValue::OUTSIDE_LOCAL)) {
+            (true, true) => "internal",
+            (false, true) => "external",
+            (_, false) => continue,
+        };
+        services.entry((policy, Family::of(addr))).or_default().insert(value.service);
+    }
+    services.into_iter().map(|(policy, services)| (policy, services.len())).collect()
 }
 
 /// Bytes that the kernel holds for a map, as it says itself.
@@ -328,6 +392,26 @@ mod tests {
 
     fn samples(text: &str) -> Vec<&str> {
         text.lines().filter(|line| !line.starts_with('#')).collect()
+    }
+
+    #[test]
+    fn services_without_local_endpoints_are_counted_once_by_policy_and_family() {
+        let both = FrontendValue::INSIDE_LOCAL | FrontendValue::OUTSIDE_LOCAL;
+        let frontend = |addr: &str, service, flags| {
+            (Addr::from(addr.parse::<std::net::IpAddr>().unwrap()), FrontendValue { service, flags })
+        };
+        let frontends = [
+            frontend("10.96.0.1", 1, FrontendValue::CLUSTER_IP | both),
+            frontend("10.96.0.2", 2, FrontendValue::CLUSTER_IP),
+            frontend("203.0.113.1", 2, FrontendValue::OUTSIDE_LOCAL),
+            frontend("0.0.0.0", 2, FrontendValue::OUTSIDE_LOCAL),
+            frontend("::", 3, FrontendValue::OUTSIDE_LOCAL),
+        ];
+        let counts = count_policies(&frontends).into_iter();
+        let counts: Vec<_> = counts.map(|((policy, family), count)| (policy, family.name(), count)).collect();
+        let expected =
+            [("external", "IPv4", 1), ("external", "IPv6", 1), ("internal", "IPv4", 1), ("internal", "IPv6", 0)];
+        assert_eq!(counts, expected);
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! DIR/                    --bpffs; locked by the one agent that owns it
-//!   v1/MAP                every map of a layout, by name; `v1`: the version of the records
-//!   v1-2/MAP              the same of its second generation: other sizes, or another version before it
+//!   v2/MAP                every map of a layout, by name; `v2`: the version of the records
+//!   v2-2/MAP              the same of its second generation: other sizes, or another version before it
 //!   next/MAP              a layout that is being prepared; no link runs a program that uses it
 //!   gone/MAP              a layout that is being removed; likewise
 //!   links/cgroup/PROGRAM

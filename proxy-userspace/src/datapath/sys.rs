@@ -579,6 +579,23 @@ impl NetfilterSocket {
     }
 }
 
+/// Has all threads share one heap that grows in small steps, where the C library can. To be called before threads are started.
+///
+/// By default each thread gets a heap of its own, and what a source's thread frees after a first list is of no use to the
+/// reconciler's: at 10,000 services with ten endpoints that costs a fifth of the resident memory.
+pub fn share_heap() {
+    #[cfg(target_env = "gnu")]
+    {
+        /// Bytes by which the heap grows and shrinks beyond what is asked for.
+        const STEP: libc::c_int = 64 << 10;
+        // SAFETY: parameters of the allocator; a refused one is left as it was.
+        unsafe {
+            libc::mallopt(libc::M_ARENA_MAX, 1);
+            libc::mallopt(libc::M_TOP_PAD, STEP);
+        }
+    }
+}
+
 /// A memory-mapped array: stretches of `stride` bytes, read and written as words.
 pub struct MappedWords {
     words: *mut std::sync::atomic::AtomicU64,

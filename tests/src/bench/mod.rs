@@ -7,7 +7,11 @@
 //! | [`path`] | through a service, beside the pod directly; traffic that is nobody's service, beside a node without Shunt |
 //! | [`program`] | nanoseconds a packet of the programs themselves, by test-run |
 //! | [`control`] | the agent: start with many services, one change among them, memory |
+//! | [`api`] | a list of many services, as an API server gives it |
+//!
+//! What stands beside kube-proxy is not here yet.
 
+mod api;
 mod control;
 mod load;
 mod path;
@@ -16,7 +20,7 @@ mod program;
 use std::env;
 
 /// One line of the table.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Row {
     /// What is measured, beside what.
     pub what: String,
@@ -33,6 +37,16 @@ impl Row {
     fn ratio(what: impl Into<String>, goal: &'static str, limit: f64, ratio: f64) -> Self {
         Self { what: what.into(), goal, found: format!("{ratio:.3} times"), reached: Some(ratio <= limit) }
     }
+
+    /// Something that explains other rows and has no goal of its own.
+    fn note(what: String, found: String) -> Self {
+        Self { what, goal: "", found, reached: None }
+    }
+
+    /// Something that could not be measured, and why.
+    fn missing(what: String, goal: &'static str, why: &str) -> Self {
+        Self { what, goal, found: format!("not measured: {why}"), reached: None }
+    }
 }
 
 const HELP: &str = "\
@@ -40,7 +54,8 @@ Prints what Shunt costs, as ratios within one run (about six minutes for everyth
 
 Usage: cargo xtask bench [-- OPTIONS] [GROUP...]
 
-Groups: path (connections, transfers, foreign traffic), program (nanoseconds a packet), control (the agent)
+Groups: path (connections, transfers, foreign traffic), program (nanoseconds a packet, beside C),
+        control (the agent: processor time, memory, one change)
 Options:
   --rounds N      rounds of every comparison; more are steadier [default: 7]
   --services N,…  numbers of services to measure with [default: 10,1000,10000]
@@ -118,11 +133,11 @@ fn table(rows: &[Row]) -> String {
     };
     let width = |cell: fn(&Row) -> usize| rows.iter().map(cell).max().unwrap_or_default();
     let (what, found) = (width(|row| row.what.chars().count()), width(|row| row.found.chars().count()));
-    let line = |row: &Row| {
-        format!("{:what$}  {:>found$}  {:32}  {}", row.what, row.found, row.goal, verdict(row)).trim_end().to_owned()
-            + "\n"
+    let line = |name: &str, number: &str, goal: &str, verdict: &str| {
+        format!("{name:what$}  {number:>found$}  {goal:31}  {verdict}").trim_end().to_owned() + "\n"
     };
-    rows.iter().map(line).collect()
+    let head = line("WHAT", "FOUND", "GOAL", "");
+    head + &rows.iter().map(|row| line(&row.what, &row.found, row.goal, verdict(row))).collect::<String>()
 }
 
 /// The middle of some numbers.
@@ -144,6 +159,15 @@ mod tests {
         assert!(parse("").expect("right").wants("control"));
         assert!(parse("--rounds x").unwrap_err().contains("\"x\""));
         assert!(parse("paths").unwrap_err().contains("paths"));
+    }
+
+    #[test]
+    fn the_table_says_what_falls_short() {
+        let rows = [Row::ratio("a", "at most 2", 2.0, 1.5), Row::ratio("b", "at most 2", 2.0, 2.5)];
+        let rows = table(&[rows.into(), vec![Row::missing("c".into(), "at most 2", "no clang")]].concat());
+        let ends: Vec<_> = rows.lines().map(|line| line.rsplit("  ").next().unwrap_or_default()).collect();
+        assert_eq!(ends, ["GOAL", "reached", "NOT reached", "at most 2"]);
+        assert!(rows.contains("not measured: no clang"));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tracing::debug;
 
 use super::parse::{Format, parse_file};
-use crate::model::{Event, Interner, Kind, Object, ObjectKey, ObjectProblem};
+use crate::model::{Event, Interner, Kind, Name, Object, ObjectKey, ObjectProblem};
 use crate::source::decode::document::Item;
 use crate::source::decode::{self, Decoded, Meaning};
 
@@ -15,8 +15,8 @@ use crate::source::decode::{self, Decoded, Meaning};
 pub struct Folder {
     interner: Interner,
     files: BTreeMap<String, File>,
-    /// Files that have an object; the first counts.
-    owners: BTreeMap<ObjectKey, BTreeSet<String>>,
+    /// Files that have an object, in order; the first counts.
+    owners: BTreeMap<ObjectKey, Vec<Name>>,
     /// Objects that several files have.
     contested: BTreeSet<ObjectKey>,
     /// Files that could not be read when everything was listed, nor since.
@@ -62,12 +62,13 @@ impl Folder {
         of_files.chain(contested).collect()
     }
 
-    fn doubles(&self, key: &ObjectKey) -> impl Iterator<Item = ObjectProblem> {
-        let mut owners = self.owners.get(key).into_iter().flatten();
-        let winner = owners.next().cloned().unwrap_or_default();
-        owners.map(move |file| ObjectProblem {
-            place: format!("{file}: {key}"),
-            message: format!("is also in {winner}, which counts"),
+    fn doubles<'a>(&'a self, key: &'a ObjectKey) -> impl Iterator<Item = ObjectProblem> + 'a {
+        let owners = self.owners.get(key).and_then(|owners| owners.split_first());
+        owners.into_iter().flat_map(move |(winner, others)| {
+            others.iter().map(move |file| ObjectProblem {
+                place: format!("{file}: {key}"),
+                message: format!("is also in {winner}, which counts"),
+            })
         })
     }
 
@@ -109,8 +110,9 @@ impl Folder {
         let new = file.as_ref().map(keys).unwrap_or_default();
         let touched: Vec<_> = old.union(&new).cloned().collect();
         let before: Vec<_> = touched.iter().map(|key| self.winner(key).cloned()).collect();
+        let owner = self.interner.name(name);
         for key in &touched {
-            self.own(key, name, new.contains(key));
+            self.own(key, &owner, new.contains(key));
         }
         match file {
             Some(file) => _ = self.files.insert(name.to_owned(), file),
@@ -127,11 +129,13 @@ impl Folder {
         changes
     }
 
-    fn own(&mut self, key: &ObjectKey, name: &str, has_it: bool) {
-        let owners = self.owners.entry(key.clone()).or_default();
-        match has_it {
-            true => _ = owners.insert(name.to_owned()),
-            false => _ = owners.remove(name),
+    fn own(&mut self, key: &ObjectKey, file: &Name, has_it: bool) {
+        // Nearly always one: no room for more is kept.
+        let owners = self.owners.entry(key.clone()).or_insert_with(|| Vec::with_capacity(1));
+        match (owners.binary_search(file), has_it) {
+            (Err(place), true) => owners.insert(place, file.clone()),
+            (Ok(place), false) => _ = owners.remove(place),
+            _ => {}
         }
         match owners.len() {
             0 => _ = self.owners.remove(key),
@@ -142,7 +146,7 @@ impl Folder {
 
     fn winner(&self, key: &ObjectKey) -> Option<&Object> {
         let file = self.owners.get(key)?.first()?;
-        self.files.get(file)?.objects.get(key)
+        self.files.get(file.as_str())?.objects.get(key)
     }
 }
 
