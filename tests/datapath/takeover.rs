@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
+use proxy_common::abi::ABI_VERSION;
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::flow::{FlowKey, FlowValue};
 use proxy_common::addr::{Addr, Port, Proto};
@@ -27,6 +28,11 @@ fn prepared(bed: &Bed) -> Pins {
 fn node_config(hash_key: u64) -> NodeConfig {
     let range = (Port(1), Port(2));
     NodeConfig { new_hash_key: [hash_key; 2], netns: 7, flags: 0, snat: range, local: range }
+}
+
+/// Name of a layout, so many versions after our own.
+fn named(after: u32, generation: &str) -> String {
+    format!("v{}{generation}", ABI_VERSION + after)
 }
 
 #[test]
@@ -64,7 +70,7 @@ fn sizes_below_what_is_in_use_are_refused_by_name_and_change_nothing() {
     let told = "1 backends, up to id 100, are in use, --max-backends is 64; nothing was changed";
     assert_eq!(error.to_string(), told);
     assert_eq!(restore::read_tables(&loaded.maps).unwrap().backends.len(), 1);
-    assert_eq!(layouts(&pins), ["v1"]);
+    assert_eq!(layouts(&pins), [named(0, "")]);
 }
 
 fn layouts(pins: &Pins) -> Vec<String> {
@@ -126,7 +132,11 @@ fn other_sizes_get_tables_of_their_own_with_all_that_the_old_ones_have() {
     let new = kernel::load(OBJECT, &pins, &Sizes { flows: 2 * sizes.flows, ..sizes }).unwrap();
     println!("prepared after {:?}", start.elapsed());
     assert!(new.adopted);
-    assert_eq!(pins.current().unwrap().unwrap().to_string(), "v1", "the old one counts until the links are flipped");
+    assert_eq!(
+        pins.current().unwrap().unwrap().to_string(),
+        named(0, ""),
+        "the old one counts until the links are flipped"
+    );
     for name in ["services", "flows_pending", "sockets", "affinity"] {
         assert_eq!(id_of(&new.maps, name), id_of(&old.maps, name), "{name} is shared");
     }
@@ -144,7 +154,7 @@ fn other_sizes_get_tables_of_their_own_with_all_that_the_old_ones_have() {
     let start = Instant::now();
     handover.close().unwrap();
     println!("closed after {:?}", start.elapsed());
-    assert_eq!(pins.current().unwrap().unwrap().to_string(), "v1-2");
+    assert_eq!(pins.current().unwrap().unwrap().to_string(), named(0, "-2"));
     let settles_at = |maps: &MapFds| restore::read_config(maps).unwrap().settles_at;
     assert_eq!(settles_at(&old.maps), u32::MAX, "the old programs open nothing any more");
     assert_ne!(settles_at(&new.maps), 0);
@@ -173,7 +183,7 @@ fn other_sizes_get_tables_of_their_own_with_all_that_the_old_ones_have() {
     }
     drop(handover);
     pins.remove_other_layouts(pins.current().unwrap().unwrap()).unwrap();
-    assert_eq!(layouts(&pins), ["v1-2"]);
+    assert_eq!(layouts(&pins), [named(0, "-2")]);
     assert_eq!(restore::read_config(&new.maps).unwrap().hash_key, [11; 2]);
 }
 
@@ -186,7 +196,7 @@ fn another_version_shares_with_the_old_one_what_lies_with_sockets_alone() {
     let record = BackendRecord { state: BackendRecord::STATE_LIVE, proto: 6, ..BackendRecord::ZERO };
     KernelMaps::open(&old.maps).unwrap().apply(&[&Op::PutBackend { id: BackendId(3), record }]).unwrap();
     fill(&old.maps, 0..10);
-    let next = pins.clone().with_version(Some(2));
+    let next = pins.clone().with_version(Some(ABI_VERSION + 1));
     let new = kernel::load(OBJECT, &next, &SIZES).unwrap();
     for (name, _) in new.maps.iter() {
         let is_shared = id_of(&new.maps, name) == id_of(&old.maps, name);
@@ -196,7 +206,7 @@ fn another_version_shares_with_the_old_one_what_lies_with_sockets_alone() {
     assert_eq!(inspect::count(&new.maps, "flows").unwrap().0, 30);
     // It is given up: nothing of it is left, and nobody is held.
     drop(new);
-    assert_eq!(layouts(&pins), ["v1"]);
+    assert_eq!(layouts(&pins), [named(0, "")]);
     assert_eq!(restore::read_config(&old.maps).unwrap().settles_at, 0);
 }
 
@@ -206,18 +216,18 @@ fn what_an_interrupted_takeover_left_in_the_older_layout_is_added_to_the_newer()
     let bed = Bed::new();
     let pins = prepared(&bed);
     let old = kernel::load(OBJECT, &pins, &SIZES).unwrap();
-    let next = pins.clone().with_version(Some(2));
+    let next = pins.clone().with_version(Some(ABI_VERSION + 1));
     let mut new = kernel::load(OBJECT, &next, &SIZES).unwrap();
     new.handover.as_mut().unwrap().close().unwrap();
     fill(&old.maps, 0..4);
     drop(new);
-    assert_eq!(layouts(&pins), ["v1", "v2-2"]);
+    assert_eq!(layouts(&pins), [named(0, ""), named(1, "-2")]);
     let again = kernel::load(OBJECT, &next, &SIZES).unwrap();
     assert!(again.adopted && again.handover.is_none(), "it is the layout that is wanted");
     assert_eq!(inspect::count(&again.maps, "flows").unwrap().0, 12);
     // Another one goes on from there.
     drop(again);
-    let third = kernel::load(OBJECT, &pins.clone().with_version(Some(3)), &SIZES).unwrap();
+    let third = kernel::load(OBJECT, &pins.clone().with_version(Some(ABI_VERSION + 2)), &SIZES).unwrap();
     assert_eq!(inspect::count(&third.maps, "flows").unwrap().0, 12);
     // One that cannot read the newer begins from the older, and lets nobody wait.
     drop(third);

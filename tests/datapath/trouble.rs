@@ -66,29 +66,32 @@ fn of_two_services_with_one_address_the_older_has_it_and_the_other_is_told() {
 
 #[test]
 fn a_service_without_room_is_named_and_served_when_there_is_some() {
+    /// Of the least that a table may have; number 0 of either is never used.
+    const FIT: u8 = 15;
+    let ports: [u16; FIT as usize + 1] = std::array::from_fn(|number| 8080 + number as u16);
     for (flags, what) in [
-        (["--max-services", "4", "--max-backends", "100"], "no room for 1 more services (the table has 4)"),
-        (["--max-services", "100", "--max-backends", "4"], "no room for 1 more backends (the table has 4)"),
+        (["--max-services", "16", "--max-backends", "100"], "no room for 1 more services (the table has 16)"),
+        (["--max-services", "100", "--max-backends", "16"], "no room for 1 more backends (the table has 16)"),
     ] {
         let mut node = Lone::new();
-        let _server = node.place.serve(Ports { tcp: &[8080, 8081, 8082, 8083], udp: &[] });
-        let named = |number: u8| {
-            let port = 8080 + u16::from(number);
-            service(&format!("s{number}"), &format!("10.96.0.{}", number + 1), &["10.244.1.1"], port)
+        let _server = node.place.serve(Ports { tcp: &ports, udp: &[] });
+        let write = |node: &Lone, number: u8| {
+            let (name, at) = (format!("s{number}"), format!("10.96.0.{}", number + 1));
+            node.manifests.write_text(&name, &service(&name, &at, &["10.244.1.1"], ports[usize::from(number)]));
         };
-        // Number 0 of either table is never used.
-        (0..3).for_each(|number| node.manifests.write_text(&format!("s{number}"), &named(number)));
+        (0..FIT).for_each(|number| write(&node, number));
         node.start(flags);
-        node.manifests.write_text("s3", &named(3));
-        wait::until("the service to be refused", || !messages(&node, "problems", "manifests/default/s3").is_empty());
-        let told = messages(&node, "problems", "manifests/default/s3").join("\n");
+        write(&node, FIT);
+        let last = format!("manifests/default/s{FIT}");
+        wait::until("the service to be refused", || !messages(&node, "problems", &last).is_empty());
+        let told = messages(&node, "problems", &last).join("\n");
         assert!(told.contains(what), "{told}");
-        for number in 0..3 {
+        for number in 0..FIT {
             assert_eq!(node.place.tcp(vip(number + 1)).expect("the others are served").server, "node");
         }
-        assert!(node.place.tcp(vip(4)).is_err(), "it has no room");
+        assert!(node.place.tcp(vip(FIT + 1)).is_err(), "it has no room");
         node.manifests.delete("s1");
-        wait::until("room", || node.place.tcp(vip(4)).is_ok());
+        wait::until("room", || node.place.tcp(vip(FIT + 1)).is_ok());
         wait::until("nothing to tell", || report(&node)["problems"].as_array().is_some_and(Vec::is_empty));
         for number in [0, 2] {
             assert_eq!(node.place.tcp(vip(number + 1)).expect("the others are served").server, "node");

@@ -52,7 +52,14 @@ pub struct Rewrite {
     pub service: u32,
 }
 
+impl Rewrite {
+    /// Nothing yet.
+    pub const NONE: Self =
+        Self { addr: Addr::UNSPECIFIED_V6, port: Be16::ZERO, other_port: Be16::ZERO, mac: [0; 3], service: 0 };
+}
+
 const PASS: Verdict = Verdict::Pass;
+const UNALLOCATED: Verdict = Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop);
 
 /// While the tables are handed over to another layout, they stay as they are: what would open or remove a flow comes again.
 const HELD: Verdict = Verdict::Refuse(DropReason::Settling, Refusal::Drop);
@@ -67,58 +74,87 @@ enum Hook {
     Egress = 1,
 }
 
+/// What look-ups alone tell about a packet. (Without content: what a variant lacks would be undefined in a register that LLVM
+/// keeps across look-ups all the same, and the verifier refuses that. Seen with LLVM 22 and Linux 6.18, "R3 !read_ok".)
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Glance {
+    /// It is not ours, or needs no change.
+    Pass,
+    /// It is changed as the function has written.
+    Rewrite,
+    /// It goes to an address of the services' range that no service has.
+    Unallocated,
+    /// More than look-ups is needed.
+    Unknown,
+}
+
+impl Glance {
+    /// The verdict, if it is one; `rewrite` is what the function has written.
+    pub const fn verdict(self, rewrite: Rewrite) -> Option<Verdict> {
+        match self {
+            Self::Pass => Some(PASS),
+            Self::Rewrite => Some(Verdict::Rewrite(rewrite)),
+            Self::Unallocated => Some(UNALLOCATED),
+            Self::Unknown => None,
+        }
+    }
+}
+
 /// Decides on a packet that enters by a device, if that takes nothing but look-ups: traffic that is not ours, and packets
-/// in the middle of an established flow. `None`: ask [`ingress`], which gives the same answer where this one gives one.
+/// in the middle of an established flow. [`Glance::Unknown`]: ask [`ingress`], which gives the same answer where this one
+/// gives one.
 ///
 /// The kernel half runs the two as separate programs, so that the many packets do not carry the weight of the few.
 #[inline(always)]
-pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> {
+pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed, rewrite: &mut Rewrite) -> Glance {
     let tuple = &packet.tuple;
     if tuple.dst.is_multicast_or_broadcast() {
-        return Some(PASS);
+        return Glance::Pass;
     }
     let class = flows.address(&tuple.dst);
     if class.flags == 0 && packet.kind != Kind::IcmpError {
-        return Some(unknown_address(flows, packet));
+        return if is_unallocated(flows, packet) { Glance::Unallocated } else { Glance::Pass };
     }
     if packet.kind != Kind::Transport || packet.first_fragment {
-        return None;
+        return Glance::Unknown;
     }
     let ports = uses_of(flows, class, packet);
     if class.has(AddressClass::NODE) && ports.has(PortUse::SNAT) {
+        // One a connection, and it may be that of another by the same port.
+        if packet.tcp_flags & tcp::SYN != 0 {
+            return Glance::Unknown;
+        }
         let key = tuple.snat_key();
         if let Some(flow) = flows.established(&key) {
-            return if packet.tcp_flags & tcp::SYN == 0 { Some(Verdict::Rewrite(to_peer(flow))) } else { None };
+            *rewrite = to_peer(flow);
+            return Glance::Rewrite;
         }
-        if let Some(flow) = flows.pending(&key)
-            && Hold(flow.hot()).has_left()
-        {
-            return if is_answer(packet, flow) { Some(Verdict::Rewrite(to_peer(flow))) } else { None };
+        if flows.pending(&key).is_some() {
+            return Glance::Unknown;
         }
     }
     let is_tcp = tuple.proto == Proto::TCP;
     if !is_dialled(class, ports) {
-        if !class.has(AddressClass::BACKEND) {
-            return Some(PASS);
-        }
         let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN || !is_tcp;
-        return if opens && clashing(flows, packet).is_some() { None } else { Some(PASS) };
+        let is_direct = class.has(AddressClass::BACKEND) && opens;
+        return if is_direct && clashing(flows, packet).is_some() { Glance::Unknown } else { Glance::Pass };
     }
     if packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
-        return None;
+        return Glance::Unknown;
     }
-    let front = flows.established(&tuple.front_key())?;
-    let mut rewrite = to_peer(front);
+    let Some(front) = flows.established(&tuple.front_key()) else { return Glance::Unknown };
+    *rewrite = to_peer(front);
     rewrite.mac = front.fixed(|value| value.mac);
     let wants_mac = wants_mac(flows, front);
     let direct = front.fixed(|value| value.has(FlowValue::DIRECT));
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
-        return Some(PASS);
+        return Glance::Pass;
     }
-    if wants_mac || !is_tcp && !direct && !may_go_on(flows, front, &rewrite) {
-        return None;
+    if wants_mac || !is_tcp && !direct && !may_go_on(flows, front, rewrite) {
+        return Glance::Unknown;
     }
-    Some(Verdict::Rewrite(rewrite))
+    Glance::Rewrite
 }
 
 /// True if [`ingress_known`] finds nothing left to do about a packet once `rewrite` is applied to it: what a hook that comes
@@ -129,7 +165,8 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed) -> Option<Verdict> 
 #[inline(always)]
 pub fn is_final<F: Lookups>(flows: &F, packet: &Parsed, rewrite: &Rewrite) -> bool {
     let after = Parsed { tuple: plain_tuple(&packet.tuple, rewrite), outer_dst: rewrite.addr, ..*packet };
-    rewrite.mac == [0; 3] && ingress_known(flows, &after) == Some(PASS)
+    let mut unused = Rewrite::NONE;
+    rewrite.mac == [0; 3] && ingress_known(flows, &after, &mut unused) == Glance::Pass
 }
 
 /// True if a frame that a bridge switches past this node may concern us all the same: it goes to a backend itself, and its
@@ -162,20 +199,6 @@ pub fn refusal<F: Lookups>(flows: &F, packet: &Parsed) -> Option<(DropReason, Re
         }
         None if class.has(AddressClass::CLUSTER_IP) => Some((DropReason::UnknownPort, Refusal::Reject)),
         None => None,
-    }
-}
-
-/// The refusal of a packet to an address of the services' range that no service has; `None` for everything else. What
-/// [`ingress`] says too, for hooks that come before it.
-#[inline(always)]
-pub fn unallocated<T: Tables>(tables: &T, packet: &Parsed) -> Option<(DropReason, Refusal)> {
-    let dst = &packet.tuple.dst;
-    if packet.kind == Kind::IcmpError || dst.is_multicast_or_broadcast() || tables.address(dst).flags != 0 {
-        return None;
-    }
-    match unknown_address(tables, packet) {
-        Verdict::Refuse(reason, refusal) => Some((reason, refusal)),
-        _ => None,
     }
 }
 
@@ -261,12 +284,12 @@ pub fn ingress_flow<F: Flows>(flows: &F, packet: &mut Parsed) -> Step {
 /// An address that we know nothing of: dropped if it belongs to the services' range, else not ours.
 #[inline(always)]
 fn unknown_address<T: Tables>(flows: &T, packet: &Parsed) -> Verdict {
-    match flows.config() {
-        Some(config) if config.is_service_address(&packet.tuple.dst) => {
-            Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop)
-        }
-        _ => PASS,
-    }
+    if is_unallocated(flows, packet) { UNALLOCATED } else { PASS }
+}
+
+#[inline(always)]
+fn is_unallocated<T: Tables>(flows: &T, packet: &Parsed) -> bool {
+    flows.config().is_some_and(|config| config.is_service_address(&packet.tuple.dst))
 }
 
 #[inline(always)]
@@ -1037,7 +1060,7 @@ fn take_source_port<F: Flows>(flows: &F, tuple: &Tuple, target: &Target, value: 
 }
 
 /// True if the kernel knows a datagram's tuple from another flow than this one.
-#[inline(always)]
+#[inline(never)]
 fn is_tracked<F: Flows>(flows: &F, plain: &Tuple, value: &FlowValue) -> bool {
     let (key, client_is_a) = plain.plain_key();
     !find(flows, &key).is_some_and(|other| is_own(other, value, client_is_a))
@@ -1237,14 +1260,12 @@ fn claim_reply<F: Flows>(flows: &F, reply: &Tuple, value: &FlowValue) -> u64 {
         return ESTABLISHED;
     }
     // Looked up first: an insertion that fails has pushed out another entry all the same (an LRU makes room beforehand).
-    if let Some(other) = flows.pending(&key) {
-        if !leads_to(other, &value.peer, value.peer_port) {
-            return rank(other, reply.dport);
-        }
+    let new_only = match flows.pending(&key) {
+        Some(other) if !leads_to(other, &value.peer, value.peer_port) => return rank(other, reply.dport),
         // Its own, of a beginning before this one.
-        return if flows.insert_pending(&key, value, false) { FREE } else { ESTABLISHED };
-    }
-    if !flows.insert_pending(&key, value, true) {
+        own => own.is_none(),
+    };
+    if !flows.insert_pending(&key, value, new_only) {
         return ESTABLISHED;
     }
     // A connection of this node itself with the same ends would lose its replies to us.

@@ -1,6 +1,6 @@
 //! Properties of the packet path on whole packets: what a client sends, what its backend sees, what comes back.
 
-use super::packet::{Verdict, egress, egress_known, ingress, ingress_known, is_final, refusal};
+use super::packet::{Rewrite, Verdict, egress, egress_known, ingress, ingress_known, is_final, refusal};
 use super::rewrite::{End, Slice, apply};
 use super::tuple::Tuple;
 use super::world::{World, addr, tuple};
@@ -137,7 +137,8 @@ fn through(
 fn enters(world: &World, bytes: Vec<u8>) -> Result<Vec<u8>, (DropReason, Refusal)> {
     let copy = bytes.clone();
     through(world, bytes, End::Destination, |world, parsed| {
-        let known = ingress_known(world, parsed);
+        let mut rewrite = Rewrite::NONE;
+        let known = ingress_known(world, parsed, &mut rewrite).verdict(rewrite);
         let refused = refusal(world, parsed);
         let verdict = ingress(world, parsed);
         if let Some((reason, how)) = refused {

@@ -13,7 +13,7 @@ use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use core::mem::MaybeUninit;
 use proxy_common::continuation::Continuation;
-use proxy_common::lb::packet::{self, Rewrite, Step, Target, Verdict};
+use proxy_common::lb::packet::{self, Glance, Rewrite, Step, Target, Verdict};
 use proxy_common::lb::rewrite::{self, End};
 use proxy_common::verdict::{DropReason, Refusal};
 use proxy_common::wire::{self, Kind, Packet, Parsed, header};
@@ -279,9 +279,15 @@ fn enter(skb: SkBuff, place: Place, is_switched: bool) -> i32 {
     if parsed.kind == Kind::Other && skb.is_short() {
         return read_if_short(skb, place);
     }
-    match packet::ingress_known(&env, &parsed) {
-        Some(verdict) => act(skb, place, &parsed, verdict),
-        None => {
+    let mut rewrite = Rewrite::NONE;
+    match packet::ingress_known(&env, &parsed, &mut rewrite) {
+        Glance::Pass => NEXT,
+        Glance::Rewrite => translate(skb, place, &parsed, &rewrite),
+        Glance::Unallocated => {
+            counter::drop(DropReason::UnallocatedServiceAddress);
+            TC_ACT_SHOT
+        }
+        Glance::Unknown => {
             go_on(skb, place, Continuation::Read);
             NEXT
         }
@@ -313,19 +319,22 @@ fn read_if_short(skb: SkBuff, place: Place) -> i32 {
     NEXT
 }
 
+#[inline(always)]
+fn translate(mut skb: SkBuff, place: Place, parsed: &Parsed, rewrite: &Rewrite) -> i32 {
+    if !rewrite::apply(&mut skb, parsed, place.end, rewrite) {
+        counter::drop(DropReason::RewriteFailed);
+        return TC_ACT_SHOT;
+    }
+    counter::packet(rewrite.service, skb.len());
+    NEXT
+}
+
 /// Does what was decided.
 #[inline(always)]
-fn act(mut skb: SkBuff, place: Place, parsed: &Parsed, verdict: Verdict) -> i32 {
+fn act(skb: SkBuff, place: Place, parsed: &Parsed, verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Pass => NEXT,
-        Verdict::Rewrite(rewrite) => {
-            if !rewrite::apply(&mut skb, parsed, place.end, &rewrite) {
-                counter::drop(DropReason::RewriteFailed);
-                return TC_ACT_SHOT;
-            }
-            counter::packet(rewrite.service, skb.len());
-            NEXT
-        }
+        Verdict::Rewrite(rewrite) => translate(skb, place, parsed, &rewrite),
         Verdict::Refuse(reason, refusal) => {
             if let Some(room) = parsed_room() {
                 room.write(*parsed);

@@ -26,7 +26,7 @@ use proxy_common::abi::device::DeviceRecord;
 use proxy_common::abi::flow::{FlowKey, FlowRef};
 use proxy_common::addr::Proto;
 use proxy_common::lb::flow::Seconds;
-use proxy_common::lb::packet::{self, Verdict};
+use proxy_common::lb::packet::{self, Glance, Rewrite};
 use proxy_common::lb::rewrite::{self, End};
 use proxy_common::tables::Lookups;
 use proxy_common::verdict::{DropReason, Refusal};
@@ -59,23 +59,16 @@ pub fn uplink(ctx: XdpContext) -> u32 {
     let frame = Frame(ctx.ctx);
     let Some(parsed) = wire::parse_ethernet::<_, false>(&frame) else { return XDP_PASS };
     let env = Env { ctx: frame };
-    if parsed.tuple.proto != Proto::TCP {
-        return match packet::unallocated(&env, &parsed) {
-            Some((reason, refusal)) if receiver(&frame).is_some() => refuse(frame, &parsed, reason, refusal),
-            _ => XDP_PASS,
-        };
-    }
-    // Each arm asks who the frame is for, rather than all at once: what an arm has no value for would be kept across the
-    // look-up all the same, and the verifier refuses that ("R2 !read_ok", Linux 6.18, LLVM 22).
-    match packet::ingress_known(&env, &parsed) {
-        Some(Verdict::Pass) => XDP_PASS,
-        Some(Verdict::Refuse(reason, refusal)) if receiver(&frame).is_some() => refuse(frame, &parsed, reason, refusal),
-        Some(Verdict::Rewrite(change))
-            if packet::is_final(&env, &parsed, &change) && receiver(&frame).is_some() =>
-        {
+    let mut change = Rewrite::NONE;
+    match packet::ingress_known(&env, &parsed, &mut change) {
+        Glance::Unallocated if receiver(&frame).is_some() => {
+            refuse(frame, &parsed, DropReason::UnallocatedServiceAddress, Refusal::Drop)
+        }
+        _ if parsed.tuple.proto != Proto::TCP => XDP_PASS,
+        Glance::Rewrite if packet::is_final(&env, &parsed, &change) && receiver(&frame).is_some() => {
             translate(frame, &parsed, &change)
         }
-        None if receiver(&frame).is_some_and(|device| device.has(DeviceRecord::SENDS)) => {
+        Glance::Unknown if receiver(&frame).is_some_and(|device| device.has(DeviceRecord::SENDS)) => {
             match packet::refusal(&env, &parsed) {
                 Some((reason, refusal)) => refuse(frame, &parsed, reason, refusal),
                 None => XDP_PASS,

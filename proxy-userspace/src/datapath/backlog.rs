@@ -87,11 +87,10 @@ impl Backlog {
     /// Frontends that are not as they should be; what the table has of them may be of services that are gone.
     pub fn frontends(&self) -> impl Iterator<Item = &FrontendAddr> {
         let first = Entry::Frontend(FrontendAddr::FIRST);
-        let entries = self.entries.range(first..).map_while(|(entry, _)| match entry {
+        self.entries.range(first..).map_while(|(entry, _)| match entry {
             Entry::Frontend(at) => Some(at),
             _ => None,
-        });
-        entries
+        })
     }
 
     /// Keeps an operation that was refused (with the reason) or has to wait (without), in place of an older one on its

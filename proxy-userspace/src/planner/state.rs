@@ -187,7 +187,7 @@ impl State {
         if std::mem::take(&mut self.has_room) {
             changed.extend(self.refused.iter().cloned());
         }
-        changed.retain(|key| !next.is_pending(key.source) && !(next.is_open(key) && self.is_held(key)));
+        changed.retain(|key| !(next.is_pending(key.source) || next.is_open(key) && self.is_held(key)));
         changed
     }
 
