@@ -132,13 +132,18 @@ fn through(
     }
 }
 
+/// What look-ups alone say of a packet.
+fn glance(world: &World, parsed: &Parsed) -> Option<Verdict> {
+    let mut rewrite = Rewrite::NONE;
+    ingress_known(world, parsed, &mut rewrite).verdict(rewrite)
+}
+
 /// A packet at ingress. The short decision, where there is one, must be the long one; and what a hook before this one may
 /// translate, this one must take for nobody's.
 fn enters(world: &World, bytes: Vec<u8>) -> Result<Vec<u8>, (DropReason, Refusal)> {
     let copy = bytes.clone();
     through(world, bytes, End::Destination, |world, parsed| {
-        let mut rewrite = Rewrite::NONE;
-        let known = ingress_known(world, parsed, &mut rewrite).verdict(rewrite);
+        let known = glance(world, parsed);
         let refused = refusal(world, parsed);
         let verdict = ingress(world, parsed);
         if let Some((reason, how)) = refused {
@@ -369,7 +374,7 @@ fn one_client_port_to_two_vips_and_to_the_backend_itself_makes_three_connections
 /// True if a hook before ingress may translate the next segment of an established connection.
 fn may_go_ahead(world: &World, connection: &Connection) -> bool {
     let parsed = parse(&packet(&connection.dialled, tcp::ACK, 101, 507, b"more"));
-    let Some(Verdict::Rewrite(rewrite)) = ingress_known(world, &parsed) else { panic!("it is established") };
+    let Some(Verdict::Rewrite(rewrite)) = glance(world, &parsed) else { panic!("it is established") };
     is_final(world, &parsed, &rewrite)
 }
 
@@ -426,7 +431,7 @@ fn a_backend_on_the_clients_bridge_is_looked_for_again_now_and_then() {
     let mac_of_next = |neighbour| {
         world.neighbour.set(neighbour);
         let mut parsed = parse(&packet(&dialled, 0, 0, 0, b"question"));
-        let known = ingress_known(&world, &parsed);
+        let known = glance(&world, &parsed);
         let Verdict::Rewrite(rewrite) = ingress(&world, &mut parsed) else { panic!("a service") };
         assert!(known.is_none() || known == Some(Verdict::Rewrite(rewrite)));
         rewrite.mac
