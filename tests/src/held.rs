@@ -47,7 +47,7 @@ impl Held {
 #[track_caller]
 fn pinned_maps(pins: &Pins) -> BTreeSet<u32> {
     let list = |dir: &Path| pins::list(dir).expect("pins can be listed");
-    let paths = list(&tables(&pins)).into_iter().chain(list(&pins.continuations()));
+    let paths = list(&tables(pins)).into_iter().chain(list(&pins.continuations()));
     // An agent that starts at the same time may have removed it.
     let id = |path: PathBuf| Some(sys::map_info(sys::open_pin(&path).ok()?.as_fd()).ok()?.id);
     paths.filter_map(id).collect()
