@@ -390,7 +390,8 @@ mod tests {
     #[test]
     fn the_highest_generation_that_can_be_read_counts() {
         let dir = std::env::temp_dir().join(format!("shunt-pins-{}", std::process::id()));
-        for name in ["v1", "v1-2", "v4000000000-3", "next", "gone", "links"] {
+        let own = |generation: &str| format!("v{ABI_VERSION}{generation}");
+        for name in [&*own(""), &*own("-2"), "v4000000000-3", "next", "gone", "links"] {
             fs::create_dir_all(dir.join(name)).unwrap();
         }
         let pins = Pins::new(&dir);
