@@ -156,7 +156,7 @@ fn other_sizes_get_tables_of_their_own_with_all_that_the_old_ones_have() {
     println!("closed after {:?}", start.elapsed());
     assert_eq!(pins.current().unwrap().unwrap().to_string(), named(0, "-2"));
     let settles_at = |maps: &MapFds| restore::read_config(maps).unwrap().settles_at;
-    assert_eq!(settles_at(&old.maps), u32::MAX, "the old programs open nothing any more");
+    assert_ne!(settles_at(&old.maps), 0, "the old programs open nothing for now");
     assert_ne!(settles_at(&new.maps), 0);
     assert_eq!(flow(&new.maps, &connection(0)[0].0), None);
     assert_eq!(flow(&new.maps, &key), Some(closing));
