@@ -582,7 +582,7 @@ impl NetfilterSocket {
 /// Has all threads share one heap that grows in small steps, where the C library can. To be called before threads are started.
 ///
 /// By default each thread gets a heap of its own, and what a source's thread frees after a first list is of no use to the
-/// reconciler's: at 10,000 services with ten endpoints that costs a fifth of the resident memory.
+/// reconciler's, so that the resident memory grows by about the first list.
 pub fn share_heap() {
     #[cfg(target_env = "gnu")]
     {
