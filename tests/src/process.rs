@@ -20,6 +20,9 @@ pub use std::process::Stdio;
 use crate::wait::PATIENCE;
 
 /// A command of the harness: its process is killed when the thread that spawned it ends ([`Process`] takes care of that).
+///
+/// It can be interrupted, also if the tests cannot: a shell that starts them in the background has them ignore SIGINT, which
+/// children inherit.
 #[derive(Debug)]
 pub struct Command(std::process::Command);
 
@@ -28,14 +31,17 @@ impl Command {
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         let mut command = std::process::Command::new(program);
         let parent = std::process::id();
-        let die_with_parent = move || {
-            // SAFETY: both calls are async-signal-safe and touch no memory of ours.
-            let is_orphan =
-                unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 || libc::getppid() != parent as i32 };
-            if is_orphan { Err(io::Error::last_os_error()) } else { Ok(()) }
+        let prepare = move || {
+            // SAFETY: all calls are async-signal-safe and touch no memory of ours.
+            let has_failed = unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0
+                    || libc::getppid() != parent as i32
+                    || libc::signal(libc::SIGINT, libc::SIG_DFL) == libc::SIG_ERR
+            };
+            if has_failed { Err(io::Error::last_os_error()) } else { Ok(()) }
         };
-        // SAFETY: the closure makes two system calls and allocates nothing.
-        unsafe { command.pre_exec(die_with_parent) };
+        // SAFETY: the closure makes three system calls and allocates nothing.
+        unsafe { command.pre_exec(prepare) };
         Self(command)
     }
 }

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long a condition may take before the test fails. Generous: machines are shared, and it is paid only by failures.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits between two looks.
 const PAUSE: Duration = Duration::from_millis(5);
