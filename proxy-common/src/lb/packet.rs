@@ -1232,10 +1232,11 @@ fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> u32 
 /// Ports that are tried before the one is taken that a flow which is only pending has held longest: a flood of forged
 /// beginnings keeps nobody out, and costs no search through all that it holds.
 ///
-/// The oldest of so many is one of the oldest of all: that a flow which is younger than half of them loses its port takes a
-/// case in 2^31 (they lie at random). A handshake is safe while it is shorter than the flood needs to go round all ports: a
-/// fifth of a second with 20,000 ports and 100,000 beginnings a second.
-const PENDING_PORTS: u32 = 32;
+/// The oldest of so many is old, which keeps handshakes safe: while the flood goes round all ports once (a fifth of a second
+/// with 20,000 ports and 100,000 beginnings a second), one that takes a part x of that time loses its port in x^8 of the cases.
+/// It is not always the oldest of all, since a backend in a flood remembers beginnings in waves that come back every second,
+/// as the SYN of a client does that met one: it must meet a port of another age then.
+const PENDING_PORTS: u32 = 8;
 
 /// Nobody holds a port.
 const FREE: u64 = 0;

@@ -569,6 +569,32 @@ fn a_handshake_keeps_its_port_while_older_ones_are_to_be_had() {
     }
 }
 
+/// A backend remembers beginnings of one age: who meets one of them gets a port of another age when the SYN comes again.
+#[test]
+fn the_age_of_a_port_that_is_taken_over_varies() {
+    let mut world = World::new();
+    world.config.snat_last = world.config.snat_first + 99;
+    let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
+    world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    let at_node = |client, sport| tuple(client, sport, "192.0.2.1", 30080, Proto::TCP);
+    let mut held_since = std::collections::HashMap::new();
+    let mut beginnings = 0..;
+    let rounds = 100;
+    let oldest = (0..rounds).filter(|_| {
+        for count in beginnings.by_ref().take(200) {
+            world.nanos.set(world.nanos.get() + (1 << 20));
+            let forged = dial(&world, at_node("203.0.113.66", 33_000 + count)).expect("a service");
+            held_since.insert(forged.seen.sport, count);
+        }
+        let count = beginnings.next().expect("no end");
+        let connection = dial(&world, at_node("203.0.113.5", 33_000 + count)).expect("a service");
+        let age = held_since.insert(connection.seen.sport, count);
+        held_since.values().filter(|other| age > Some(**other)).count() < held_since.len() / 10
+    });
+    let oldest = oldest.count();
+    assert!(oldest < 80, "{oldest} of {rounds} took one of the oldest tenth");
+}
+
 #[test]
 fn a_datagram_flow_keeps_clear_of_what_the_kernel_tracks() {
     let mut world = World::new();
