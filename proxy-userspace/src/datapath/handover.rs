@@ -23,7 +23,8 @@
 //! | later | two layouts; links that run either's programs | merges the older into the newer, goes on from there |
 //! | while the old one is removed | the new one; remains | removes the remains |
 //!
-//! From the moment the new layout counts, the old programs hold flows for good: none is opened where nobody looks any more.
+//! Whoever holds flows sets a time at which that ends by itself: a dead agent never keeps connections from being opened. What
+//! the old programs open after that the next agent merges.
 //! May touch: layouts below the pin directory; entries by way of `carry`.
 
 use std::time::{Duration, Instant};
@@ -31,7 +32,7 @@ use std::time::{Duration, Instant};
 use proxy_common::lb::flow::Seconds;
 use tracing::{info, warn};
 
-use super::carry::{self, Carry};
+use super::carry::Carry;
 use super::kernel::MapFds;
 use super::maps;
 use super::pins::{self, Layout, Pins};
@@ -49,7 +50,7 @@ pub enum Error {
     Pins(#[from] pins::Error),
     /// Entries.
     #[error("cannot take over the tables of another layout")]
-    Carry(#[from] carry::Error),
+    Carry(#[from] maps::Error),
 }
 
 /// A layout that is to take over. Dropped before it counts, it is removed.
@@ -90,7 +91,7 @@ impl Handover {
         from: Layout,
         new: &MapFds,
         names: &[&str],
-    ) -> Result<Self, carry::Error> {
+    ) -> Result<Self, maps::Error> {
         let start = Instant::now();
         let mut carry = Carry::open(old, from.version, new, names)?;
         carry.copy()?;

@@ -17,9 +17,8 @@ use proxy_common::verdict::DropReason;
 use serde::Serialize;
 
 use super::kernel::{MapFds, on_map};
-use super::maps::{PerCpu, Table};
+use super::maps::{Error, PerCpu, Table};
 use super::pins::{self, Pins};
-use super::restore::Error;
 use super::sys::{self, LinkTarget};
 use crate::planner::{BackendAddr, ServiceId};
 

@@ -21,6 +21,7 @@ use super::carry;
 use super::handover::Handover;
 use super::kfunc::{self, KFUNCS, Kfunc};
 use super::layout::{self, Excess, Mismatch, Step};
+use super::maps;
 use super::pins::{self, Layout, Pins};
 use super::sys::{self, MapInfo};
 
@@ -44,7 +45,7 @@ pub enum Error {
     TooSmall(Vec<Excess>),
     /// Entries of another layout could not be taken over.
     #[error("cannot take over the tables of another layout")]
-    Carry(#[source] Box<carry::Error>),
+    Carry(#[source] Box<maps::Error>),
     /// The object cannot be parsed.
     #[error("the BPF object is not readable")]
     Object(#[source] aya_obj::ParseError),

@@ -22,9 +22,12 @@ use super::kernel::{Error as KernelError, MapFds, on_map};
 use super::sys::{self, MappedWords};
 use crate::planner::{Cidrs, FrontendAddr, Op, ServiceId};
 
-/// A write that the kernel (or a fake) refused.
+/// Why tables cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A map is missing or of another layout.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// A system call failed; a full map is E2BIG or ENOSPC.
     #[error("cannot write {table}")]
     Write {
@@ -43,6 +46,15 @@ pub enum Error {
         /// What there is.
         capacity: u32,
     },
+    /// An entry has not the size that the conversion of its version gives it.
+    #[error("an entry of {0} is none of its version")]
+    Record(&'static str),
+}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Self {
+        refused.source
+    }
 }
 
 /// Some operations were done, the next was refused.

@@ -29,9 +29,8 @@ use tracing::warn;
 
 use super::inspect::{self, FlowState, Traffic};
 use super::kernel::MapFds;
-use super::maps::{MappedArray, Table};
+use super::maps::{Error, MappedArray, Table};
 use super::pins::{self, Pins};
-use super::restore::Error;
 use super::{sweep, sys};
 use crate::error::chain;
 use crate::model::Family;

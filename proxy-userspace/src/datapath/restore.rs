@@ -9,20 +9,9 @@ use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{Range, ServiceName, ServiceRecord, Slot};
 use proxy_common::addr::Addr;
 
-use super::kernel::{self, MapFds};
-use super::maps::{self, MappedArray, Table};
+use super::kernel::MapFds;
+use super::maps::{Error, MappedArray, Table};
 use crate::planner::{BackendId, Cidrs, FrontendAddr, Limits, ServiceId, Tables};
-
-/// Why the tables cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A map is missing or of another layout.
-    #[error(transparent)]
-    Kernel(#[from] kernel::Error),
-    /// An entry cannot be read.
-    #[error(transparent)]
-    Maps(#[from] maps::Error),
-}
 
 /// Capacities of the arrays that the planner allocates from.
 pub fn read_limits(maps: &MapFds) -> Result<Limits, Error> {

@@ -17,29 +17,20 @@ use proxy_common::addr::Addr;
 
 use super::attach;
 use super::inspect::FlowState;
-use super::kernel::{self, MapFds};
-use super::maps::{self, KernelMaps, Refused, Table};
+use super::kernel::MapFds;
+use super::maps::{self, KernelMaps, Table};
 use super::pins::{self, LOADED_NOTE, Pins};
 use super::sweep::{self, Outcome};
 
 /// Why frontends could not be withdrawn.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A map is missing or of another layout.
-    #[error(transparent)]
-    Kernel(#[from] kernel::Error),
     /// An entry cannot be read or written.
     #[error(transparent)]
     Maps(#[from] maps::Error),
     /// A pin cannot be removed.
     #[error(transparent)]
     Pins(#[from] pins::Error),
-}
-
-impl From<Refused> for Error {
-    fn from(refused: Refused) -> Self {
-        Self::Maps(refused.source)
-    }
 }
 
 /// Takes every frontend out of the tables, and the hooks that translate off the sockets. Returns how many frontends there
@@ -49,6 +40,13 @@ impl From<Refused> for Error {
 pub fn withdraw(pins: &Pins, maps: &MapFds) -> Result<usize, Error> {
     // An agent that takes over has nothing to send clients to before it has planned.
     pins.unmark(LOADED_NOTE)?;
+    let count = withdraw_frontends(maps)?;
+    // Last: a socket that the hooks leave alone is served by its packets while there are frontends.
+    attach::detach_dialling(pins)?;
+    Ok(count)
+}
+
+fn withdraw_frontends(maps: &MapFds) -> Result<usize, maps::Error> {
     // First: an address that lost its class would be refused as one that no service has.
     KernelMaps::open(maps)?.clear_service_cidrs()?;
     withdraw_addresses(maps)?;
@@ -56,12 +54,10 @@ pub fn withdraw(pins: &Pins, maps: &MapFds) -> Result<usize, Error> {
     let mut keys = Vec::new();
     frontends.for_each(|key, _| keys.push(*key))?;
     frontends.remove_all(&keys)?;
-    // Last: a socket that the hooks leave alone is served by its packets while there are frontends.
-    attach::detach_dialling(pins)?;
     Ok(keys.len())
 }
 
-fn withdraw_addresses(maps: &MapFds) -> Result<(), Error> {
+fn withdraw_addresses(maps: &MapFds) -> Result<(), maps::Error> {
     let addresses = Table::<Addr, AddressClass>::open(maps, "addresses")?;
     let (mut changed, mut classes) = (Vec::new(), Vec::new());
     addresses.for_each(|addr, class| {

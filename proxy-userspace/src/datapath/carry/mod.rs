@@ -37,24 +37,10 @@ use proxy_common::lb::flow::Seconds;
 use super::convert;
 use super::kernel::{self, MapFds, on_map};
 use super::layout::{CONFIG, Usage};
-use super::maps::{self, PerCpu, Table};
+use super::maps::{Error, PerCpu, Table};
 use super::sys;
 use part::{Bits, Counters, Old, Once, Part, Record, Written};
 use table::OldMap;
-
-/// Why entries could not be carried over.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A map is missing or of another layout.
-    #[error(transparent)]
-    Kernel(#[from] kernel::Error),
-    /// An entry cannot be written.
-    #[error(transparent)]
-    Maps(#[from] maps::Error),
-    /// An entry has not the size that the conversion of its version gives it.
-    #[error("an entry of {0} is none of its version")]
-    Record(String),
-}
 
 /// Where the words of `Config::settles_at` are written, in the configuration of either layout.
 struct Hold {

@@ -14,7 +14,6 @@ use proxy_common::lb::flow::{Hot, Seconds};
 use tracing::warn;
 
 use super::Error;
-use crate::datapath::maps;
 
 /// What is called with each entry.
 pub(super) type Visit<'a, K, V> = &'a mut dyn FnMut(K, V) -> Result<(), Error>;
@@ -272,7 +271,7 @@ impl<K: Copy + Eq + Hash, V: Record, O: Old<K, V>, N: New<K, V>> Part for Writte
 
 /// A table that is full.
 fn is_full(error: &Error) -> bool {
-    let Error::Maps(maps::Error::Write { source, .. }) = error else { return false };
+    let Error::Write { source, .. } = error else { return false };
     matches!(source.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM))
 }
 
@@ -416,7 +415,7 @@ mod tests {
                 let mut entries = self.entries.borrow_mut();
                 if entries.len() == self.capacity && !entries.contains_key(key) {
                     let source = io::Error::from_raw_os_error(libc::E2BIG);
-                    return Err(maps::Error::Write { table: "fake", source }.into());
+                    return Err(Error::Write { table: "fake", source });
                 }
                 entries.insert(*key, *value);
                 *self.written.borrow_mut() += 1;

@@ -37,7 +37,7 @@ impl OldMap {
         room.clear();
         convert(bytes, room);
         if room.len() != size_of::<T>() {
-            return Err(Error::Record(self.name.to_owned()));
+            return Err(Error::Record(self.name));
         }
         // SAFETY: as long as the type, which is plain bytes; any bits are a value of it.
         Ok(unsafe { room.as_ptr().cast::<T>().read_unaligned() })
@@ -120,30 +120,30 @@ impl<K: Pod, V: Pod> New<K, V> for Table<K, V> {
     }
 
     fn get(&self, key: &K) -> Result<Option<V>, Error> {
-        Ok(Table::get(self, key)?)
+        Table::get(self, key)
     }
 
     fn put_all(&self, keys: &[K], values: &[V]) -> Result<(), Error> {
-        Table::put_all(self, keys, values).map_err(|refused| refused.source.into())
+        Ok(Table::put_all(self, keys, values)?)
     }
 
     fn insert(&self, key: &K, value: &V) -> Result<(), Error> {
-        Ok(Table::insert(self, key, value).map(drop)?)
+        Table::insert(self, key, value).map(drop)
     }
 
     fn remove_all(&self, keys: &[K]) -> Result<(), Error> {
-        Table::remove_all(self, keys).map_err(|refused| refused.source.into())
+        Ok(Table::remove_all(self, keys)?)
     }
 }
 
 impl<V: Pod> NewCounters for PerCpu<V> {
     fn set(&self, index: u32, counts: &[u64]) -> Result<(), Error> {
         // All on the first CPU: readers add them up.
-        Ok(self.set_words(index, counts)?)
+        self.set_words(index, counts)
     }
 
     fn add(&self, index: u32, counts: &[u64]) -> Result<(), Error> {
-        Ok(self.add_words(index, counts)?)
+        self.add_words(index, counts)
     }
 }
 
