@@ -50,15 +50,25 @@ fn an_unknown_port_is_refused_on_a_cluster_ip_alone() {
     assert_eq!(lab.drops["unknown_port"], 4);
 }
 
+/// On the way out: after the way in another proxy may still translate it.
 #[test]
-fn an_unallocated_service_address_is_dropped() {
+fn a_packet_to_an_unallocated_service_address_does_not_leave() {
     let mut lab = Lab::new();
     each(|family, proto| {
         let opening =
             lab.opening(proto, world::pod(2).port(family, 4000), SERVICES.host(999).port(family, world::PORT));
+        let inside = lab.through_ingress(&opening).expect("it is let in");
+        assert_eq!(inside, opening);
+        assert_eq!(lab.step(Hook::Egress, Device::Eth0, &inside), None);
         assert_eq!(lab.through(&opening), None);
     });
-    assert_eq!(lab.drops["unallocated_service_address"], 4);
+    for family in Family::ALL {
+        let echo = Icmp { kind: if family == Family::V4 { 8 } else { 128 }, code: 0, rest: 7, data: vec![1; 56] };
+        let ip = Ip::new(world::pod(2).get(family), SERVICES.host(999).get(family));
+        let echo = Packet { link: lab.link(Device::Eth0), ip, body: Body::Icmp(echo), part: None };
+        assert_eq!(lab.step(Hook::Egress, Device::Eth0, &echo), None);
+    }
+    assert_eq!(lab.drops["unallocated_service_address"], 4 * 2 + 2);
 }
 
 #[test]

@@ -323,6 +323,7 @@ impl Nat {
                 Expected::Drop
             }
             Body::Icmp(_) | Body::Other(..) if self.is_cluster_ip(packet.ip.dst) => Expected::Reject,
+            Body::Icmp(_) | Body::Other(..) if spot.hook == Hook::Egress => self.untranslated(packet),
             Body::Icmp(_) | Body::Other(..) => Expected::Same,
         }
     }
@@ -344,7 +345,7 @@ impl Nat {
     /// A fragment that says no ports, of a packet whose ports nobody knows.
     fn unknown_fragment(&self, is_egress: bool, packet: &Packet) -> Expected {
         let is_ours = if is_egress {
-            self.facts.services.iter().any(|prefix| prefix.contains(packet.ip.dst))
+            self.is_service_address(packet.ip.dst)
         } else {
             self.frontends().any(|(_, frontend)| matches!(frontend.at, At::Addr(at) if at.ip() == packet.ip.dst))
         };
@@ -509,7 +510,7 @@ impl Nat {
             let is_reset = matches!(&packet.body, Body::Tcp(tcp) if tcp.flags & flag::RST != 0);
             return if is_reset { Expected::Drop } else { Expected::Reject };
         }
-        if self.facts.services.iter().any(|prefix| prefix.contains(dst)) { Expected::Drop } else { Expected::Same }
+        Expected::Same
     }
 
     #[track_caller]
@@ -526,7 +527,18 @@ impl Nat {
         if let Some(position) = position {
             return self.leave(position, packet, got);
         }
-        if self.is_cluster_ip(dst.ip()) { Expected::Reject } else { Expected::Same }
+        self.untranslated(packet)
+    }
+
+    /// A packet that leaves and is no connection's.
+    fn untranslated(&self, packet: &Packet) -> Expected {
+        if self.is_cluster_ip(packet.ip.dst) {
+            Expected::Reject
+        } else if self.is_service_address(packet.ip.dst) {
+            Expected::Drop
+        } else {
+            Expected::Same
+        }
     }
 
     /// A client's packet on its way to the backend.
@@ -658,6 +670,10 @@ impl Nat {
             if is_node { at(At::NodePort { is_v4: dst.is_ipv4(), port: dst.port() }) } else { None }
         };
         at(At::Addr(dst)).or_else(node_port).map(|(service, frontend)| (service.clone(), frontend))
+    }
+
+    fn is_service_address(&self, addr: IpAddr) -> bool {
+        self.facts.services.iter().any(|prefix| prefix.contains(addr))
     }
 
     fn is_cluster_ip(&self, addr: IpAddr) -> bool {

@@ -9,7 +9,7 @@ use shunt_tests::probe::UdpOnce;
 use shunt_tests::topology::{Family, Offloads, Overlay, Plan, PodLink, SERVICES};
 use shunt_tests::wait;
 
-use crate::rig::{Counters, Frontend, Offer, PORT, Proto, Rig};
+use crate::rig::{Counters, Frontend, Offer, PORT, Proto, Rig, TARGET};
 use crate::talk::{Tcp, Udp, ping};
 
 const EMPTY: Offer = Offer::new(1, "empty");
@@ -107,6 +107,38 @@ fn unallocated_service_addresses_are_dropped() {
         let to = SERVICES.host(4_000).port(family, PORT);
         for place in [&rig.node(0).pods[1].place.unhooked(), &rig.cluster.client.place] {
             assert_dropped(&rig, place, to, "unallocated_service_address");
+        }
+    }
+}
+
+/// A service that its label leaves to another proxy has an address of the services' range that we do not know.
+#[test]
+fn a_service_address_that_another_proxy_knows_is_left_to_it() {
+    let rig = Rig::build(Plan::default());
+    let node = rig.node(0);
+    rig.cluster.route_vips(node);
+    rig.apply(&[&WEB.to(&node.pods[0])]);
+    let (backend, addrs) = (node.pods[0].addrs, SERVICES.host(4_000));
+    node.place.ns().nft(&format!(
+        "table inet another {{
+            chain prerouting {{ type nat hook prerouting priority dstnat;
+                ip daddr {v4} dnat ip to {b4}
+                ip6 daddr {v6} dnat ip6 to {b6}
+            }}
+        }}\n",
+        v4 = addrs.v4,
+        v6 = addrs.v6,
+        b4 = backend.v4,
+        b6 = backend.v6,
+    ));
+    for family in Family::ALL {
+        let to = addrs.port(family, TARGET);
+        let pod = &node.pods[1].place;
+        for place in [pod, &pod.unhooked(), &rig.cluster.client.place] {
+            assert_eq!(place.tcp(to).expect("it is served").server, node.pods[0].place.name());
+            let once = UdpOnce { to: vec![to], bind: None, is_connected: true, mapped: false, payload: 40 };
+            let answer = place.udp_with(once).pop().expect("one outcome").expect("it is served");
+            assert_eq!(answer.server, node.pods[0].place.name());
         }
     }
 }

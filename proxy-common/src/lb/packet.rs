@@ -59,7 +59,6 @@ impl Rewrite {
 }
 
 const PASS: Verdict = Verdict::Pass;
-const UNALLOCATED: Verdict = Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop);
 
 /// While the tables are handed over to another layout, they stay as they are: what would open or remove a flow comes again.
 const HELD: Verdict = Verdict::Refuse(DropReason::Settling, Refusal::Drop);
@@ -83,8 +82,6 @@ pub enum Glance {
     Pass,
     /// It is changed as the function has written.
     Rewrite,
-    /// It goes to an address of the services' range that no service has.
-    Unallocated,
     /// More than look-ups is needed.
     Unknown,
 }
@@ -95,7 +92,6 @@ impl Glance {
         match self {
             Self::Pass => Some(PASS),
             Self::Rewrite => Some(Verdict::Rewrite(rewrite)),
-            Self::Unallocated => Some(UNALLOCATED),
             Self::Unknown => None,
         }
     }
@@ -114,7 +110,7 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed, rewrite: &mut Rewri
     }
     let class = flows.address(&tuple.dst);
     if class.flags == 0 && packet.kind != Kind::IcmpError {
-        return if is_unallocated(flows, packet) { Glance::Unallocated } else { Glance::Pass };
+        return Glance::Pass;
     }
     if packet.kind != Kind::Transport || packet.first_fragment {
         return Glance::Unknown;
@@ -252,7 +248,7 @@ pub fn ingress_flow<F: Flows>(flows: &F, packet: &mut Parsed) -> Step {
     }
     let class = flows.address(&packet.tuple.dst);
     if class.flags == 0 {
-        return Step::Done(unknown_address(flows, packet));
+        return Step::Done(PASS);
     }
     let ports = uses_of(flows, class, packet);
     let ours = is_dialled(class, ports) || class.has(AddressClass::BACKEND) || ports.has(PortUse::SNAT);
@@ -279,17 +275,6 @@ pub fn ingress_flow<F: Flows>(flows: &F, packet: &mut Parsed) -> Step {
         }
         Kind::Echo | Kind::Other | Kind::Unanswerable => Step::Done(PASS),
     }
-}
-
-/// An address that we know nothing of: dropped if it belongs to the services' range, else not ours.
-#[inline(always)]
-fn unknown_address<T: Tables>(flows: &T, packet: &Parsed) -> Verdict {
-    if is_unallocated(flows, packet) { UNALLOCATED } else { PASS }
-}
-
-#[inline(always)]
-fn is_unallocated<T: Tables>(flows: &T, packet: &Parsed) -> bool {
-    flows.config().is_some_and(|config| config.is_service_address(&packet.tuple.dst))
 }
 
 #[inline(always)]
@@ -784,9 +769,6 @@ pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result
     let Some(frontend) = found else {
         return if class.has(AddressClass::CLUSTER_IP) {
             Err(no_frontend(flows, packet, opens))
-        } else if flows.config().is_some_and(|config| config.is_service_address(&tuple.dst)) {
-            // A ClusterIP that was removed, and is looked up for the flows that it still has.
-            Err(Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop))
         } else if class.has(AddressClass::BACKEND) && opens {
             direct(flows, packet)
         } else {
@@ -1502,19 +1484,26 @@ fn answer(packet: &Parsed, plain: FlowRef<'_>, state: u32) -> Option<u32> {
     Some(state & (Hot::TOLD | Hot::LEFT))
 }
 
-/// A packet that no flow translates: if it goes to a service's address, a process of this node made it that the socket hooks
-/// do not see, or whose connection they leave alone since policy keeps it from all endpoints.
+/// A packet that no flow translates.
 #[inline(always)]
 fn untranslated<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
     match flows.config() {
-        Some(config) if config.is_service_address(&packet.outer_dst) => {
-            if packet.kind == Kind::Transport && is_kept_from(flows, &packet.tuple) {
-                Verdict::Refuse(DropReason::NoLocalEndpoint, Refusal::Drop)
-            } else {
-                Verdict::Refuse(DropReason::HostUnhooked, Refusal::Reject)
-            }
-        }
+        Some(config) if config.is_service_address(&packet.outer_dst) => refuse_untranslated(flows, packet),
         _ => PASS,
+    }
+}
+
+/// A packet to an address of the services' range. If a service has it, a process of this node made it that the socket hooks
+/// do not see, or whose connection they leave alone since policy keeps it from all endpoints. If none has it, it is dropped
+/// here and not on its way in: between the two another proxy may have found a service of its own.
+#[inline(never)]
+fn refuse_untranslated<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
+    if !flows.address(&packet.outer_dst).has(AddressClass::FRONTEND) {
+        Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop)
+    } else if packet.kind == Kind::Transport && is_kept_from(flows, &packet.tuple) {
+        Verdict::Refuse(DropReason::NoLocalEndpoint, Refusal::Drop)
+    } else {
+        Verdict::Refuse(DropReason::HostUnhooked, Refusal::Reject)
     }
 }
 

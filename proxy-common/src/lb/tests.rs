@@ -630,7 +630,8 @@ fn unknown_ports_and_addresses_are_refused_only_where_nobody_else_can_be() {
     let world = with_service(Proto::TCP);
     let syn = |dst, port| packet(&tuple("10.244.1.50", 4000, dst, port, Proto::TCP), tcp::SYN, 1, 0, b"");
     assert_eq!(enters(&world, syn("10.96.0.10", 81)), Err((DropReason::UnknownPort, Refusal::Reject)));
-    assert_eq!(enters(&world, syn("10.96.0.99", 80)), Err((DropReason::UnallocatedServiceAddress, Refusal::Drop)));
+    assert_eq!(enters(&world, syn("10.96.0.99", 80)), Ok(syn("10.96.0.99", 80)), "another proxy may know it");
+    assert_eq!(leaves(&world, syn("10.96.0.99", 80)), Err((DropReason::UnallocatedServiceAddress, Refusal::Drop)));
     assert_eq!(enters(&world, syn("192.0.2.1", 22)), Ok(syn("192.0.2.1", 22)), "SSH lives there");
     assert_eq!(enters(&world, syn("198.51.100.9", 22)), Ok(syn("198.51.100.9", 22)), "maybe this node's own");
     assert_eq!(leaves(&world, syn("10.96.0.10", 80)), Err((DropReason::HostUnhooked, Refusal::Reject)));

@@ -283,10 +283,6 @@ fn enter(skb: SkBuff, place: Place, is_switched: bool) -> i32 {
     match packet::ingress_known(&env, &parsed, &mut rewrite) {
         Glance::Pass => NEXT,
         Glance::Rewrite => translate(skb, place, &parsed, &rewrite),
-        Glance::Unallocated => {
-            counter::drop(DropReason::UnallocatedServiceAddress);
-            TC_ACT_SHOT
-        }
         Glance::Unknown => {
             go_on(skb, place, Continuation::Read);
             NEXT
