@@ -131,15 +131,25 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed, rewrite: &mut Rewri
         }
     }
     let is_tcp = tuple.proto == Proto::TCP;
+    let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN || !is_tcp;
     if !is_dialled(class, ports) {
-        let opens = packet.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN || !is_tcp;
         let is_direct = class.has(AddressClass::BACKEND) && opens;
         return if is_direct && clashing(flows, packet).is_some() { Glance::Unknown } else { Glance::Pass };
     }
-    if packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
+    // Else only some flow is looked for, of a VIP that is gone, or of a backend with whose other flow it clashed.
+    let is_frontend = class.has(AddressClass::FRONTEND | AddressClass::CLUSTER_IP | AddressClass::NODE);
+    let turns = packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0;
+    if turns && is_frontend {
         return Glance::Unknown;
     }
-    let Some(front) = flows.established(&tuple.front_key()) else { return Glance::Unknown };
+    let key = tuple.front_key();
+    let Some(front) = flows.established(&key) else {
+        let is_ours = opens || is_frontend || flows.pending(&key).is_some();
+        return if is_ours { Glance::Unknown } else { Glance::Pass };
+    };
+    if turns {
+        return Glance::Unknown;
+    }
     *rewrite = to_peer(front);
     rewrite.mac = front.fixed(|value| value.mac);
     let wants_mac = wants_mac(flows, front);

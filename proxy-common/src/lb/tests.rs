@@ -387,7 +387,25 @@ fn a_hook_before_leaves_alone_what_would_look_like_a_direct_connection() {
     let direct = open(&world, tuple("10.244.1.50", 5555, "10.244.1.5", 8080, Proto::TCP));
     assert_ne!(direct.seen, direct.dialled);
     assert!(!may_go_ahead(&world, &vip), "the direct connection's entry would take it");
-    assert!(!may_go_ahead(&world, &direct), "and it would not be known there by its other port");
+    assert!(may_go_ahead(&world, &direct), "nothing goes by its other port");
+}
+
+/// A clash on one port of a backend makes no difference to the other packets that go there directly.
+#[test]
+fn a_direct_segment_needs_no_second_look_because_another_connection_clashed() {
+    let world = two_services(Proto::TCP);
+    let to_backend = |sport| tuple("10.244.1.50", sport, "10.244.1.5", 8080, Proto::TCP);
+    open(&world, tuple("10.244.1.50", 5555, "10.96.0.10", 80, Proto::TCP));
+    let direct = open(&world, to_backend(5555));
+    assert_ne!(direct.seen, direct.dialled);
+    let segment = |of: &Tuple| parse(&packet(of, tcp::ACK, 101, 507, b"more"));
+    for flags in [tcp::ACK, tcp::SYN | tcp::ACK, tcp::FIN | tcp::ACK, tcp::RST] {
+        let other = parse(&packet(&to_backend(5557), flags, 101, 507, b""));
+        assert_eq!(glance(&world, &other), Some(Verdict::Pass), "{flags:#x}");
+    }
+    open(&world, tuple("10.244.1.50", 5558, "10.96.0.10", 80, Proto::TCP));
+    dial(&world, to_backend(5558)).expect("by another port");
+    assert_eq!(glance(&world, &segment(&to_backend(5558))), None, "it proves that its client hears");
 }
 
 /// Two services with one backend.

@@ -10,6 +10,7 @@ use super::{Row, median};
 use crate::agent::Agent;
 use crate::manifests::{Manifests, Service, service};
 use crate::place::Place;
+use crate::process::Process;
 use crate::topology::{Addrs, Cluster, Family, Plan, SERVICES};
 
 /// Connections a round.
@@ -25,7 +26,8 @@ pub fn rows(rounds: usize, services: &[usize]) -> Vec<Row> {
     let other = Cluster::build(Plan::default());
     let manifests = Manifests::of(&cluster);
     let (client, backend) = (&cluster.nodes[0].pods[0], &cluster.nodes[0].pods[1]);
-    let _servers = [load::server(&backend.place), load::server(&other.nodes[0].pods[1].place)];
+    let _server = load::server(&backend.place);
+    let foreign = Foreign::start(rounds, &cluster, &other);
     let web = SERVICES.host(1);
     manifests.apply(&the_service(web, &cluster));
     let _agent = Agent::start_on(&cluster, &cluster.nodes[0], &manifests);
@@ -39,7 +41,7 @@ pub fn rows(rounds: usize, services: &[usize]) -> Vec<Row> {
         rows.extend(through(rounds, count, &client.place, backend.addrs, web));
     }
     rows.extend(bulk(rounds, &client.place, backend.addrs, web));
-    rows.extend(foreign(rounds, &cluster, &other));
+    rows.extend(foreign.rows());
     rows
 }
 
@@ -124,28 +126,43 @@ fn bulk(rounds: usize, client: &Place, backend: Addrs, vip: Addrs) -> Vec<Row> {
     rows
 }
 
-/// Pod to pod, no service: on the node with the programs, beside a node of the same kind without.
-fn foreign(rounds: usize, with: &Cluster, without: &Cluster) -> Vec<Row> {
-    eprintln!("path: foreign traffic");
-    let mut meters = [without, with].map(|cluster| Meter::start(&cluster.nodes[0].pods[0].place.unhooked()));
-    let to = [without, with].map(|cluster| cluster.nodes[0].pods[1].addrs.port(Family::V4, PORT));
-    let mut compared = |job: fn(SocketAddr) -> Job| {
-        compare(rounds, |has_shunt| meters[usize::from(has_shunt)].nanos(job(to[usize::from(has_shunt)])))
-    };
-    let connect = compared(|to| Job::Connect { to, count: CONNECTIONS });
-    let bulk = compared(|to| Job::Send { to, bytes: BYTES });
-    vec![
-        Row::ratio(
-            "connect and first byte, pod to pod, beside a node without Shunt",
-            "at most 1.02 times",
-            1.02,
-            connect,
-        ),
-        Row::ratio(
-            "time of a bulk transfer, pod to pod, beside a node without Shunt",
-            "at most 1.02 times",
-            1.02,
-            bulk,
-        ),
-    ]
+/// Pod to pod, no service: a node that gets the programs later, beside one of the same kind that does not.
+struct Foreign {
+    rounds: usize,
+    meters: [Meter; 2],
+    to: [SocketAddr; 2],
+    /// What the two nodes differ by without Shunt.
+    before: [f64; 2],
+    _servers: [Process; 2],
+}
+
+impl Foreign {
+    fn start(rounds: usize, with: &Cluster, without: &Cluster) -> Self {
+        let nodes = [without, with].map(|cluster| &cluster.nodes[0]);
+        // From the pod that serves to the one that does not: no connection of theirs was ever a service's.
+        let servers = nodes.map(|node| load::server(&node.pods[0].place));
+        let meters = nodes.map(|node| Meter::start(&node.pods[1].place.unhooked()));
+        let to = nodes.map(|node| node.pods[0].addrs.port(Family::V4, PORT));
+        let mut foreign = Self { rounds, meters, to, before: [1.0; 2], _servers: servers };
+        foreign.before = foreign.ratios();
+        foreign
+    }
+
+    fn ratios(&mut self) -> [f64; 2] {
+        eprintln!("path: foreign traffic");
+        let connect: fn(SocketAddr) -> Job = |to| Job::Connect { to, count: CONNECTIONS };
+        let bulk: fn(SocketAddr) -> Job = |to| Job::Send { to, bytes: BYTES };
+        [connect, bulk].map(|job| {
+            let (meters, to) = (&mut self.meters, self.to.map(job));
+            compare(self.rounds, |has_shunt| meters[usize::from(has_shunt)].nanos(to[usize::from(has_shunt)]))
+        })
+    }
+
+    fn rows(mut self) -> Vec<Row> {
+        let [connect, bulk] = self.ratios();
+        let what = "connect and first byte, pod to pod, beside a node without Shunt";
+        let connect = Row::ratio(what, "at most 1.02 times", 1.02, connect / self.before[0]);
+        let what = "time of a bulk transfer, pod to pod, beside a node without Shunt";
+        vec![connect, Row::ratio(what, "at most 1.02 times", 1.02, bulk / self.before[1])]
+    }
 }
