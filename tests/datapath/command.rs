@@ -115,6 +115,7 @@ fn a_wrong_directory_is_named() {
             let stderr = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(1), "{subcommand}: {stderr}");
             assert!(stderr.contains(what) && stderr.contains(path.to_str().expect("text")), "{stderr}");
+            assert!(!stderr.contains("BPF object"), "what is missing is not the program's fault: {stderr}");
         }
     }
 }

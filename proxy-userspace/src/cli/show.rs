@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Result, bail};
 use proxy_common::abi::frontend::FrontendValue;
 use proxy_common::abi::service::Range;
 use proxy_common::verdict::DropReason;
@@ -23,15 +23,15 @@ fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
     let pins = args.pins.pins();
     let maps = MapFds::open_pinned(&pins)?;
     let others = pins.layouts()?;
-    maps.get("services").with_context(|| match others.last() {
-        Some(other) => format!("tables of layout version {} cannot be read by this program", other.version),
-        None => {
-            format!(
+    if maps.get("services").is_err() {
+        match others.last() {
+            Some(other) => bail!("tables of layout version {} cannot be read by this program", other.version),
+            None => bail!(
                 "nothing is pinned below {}; does an agent run here, or with another --bpffs?",
                 pins.base().display()
-            )
+            ),
         }
-    })?;
+    }
     Ok((pins, maps))
 }
 

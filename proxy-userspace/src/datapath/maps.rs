@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use aya::Pod;
@@ -395,17 +396,22 @@ impl KernelMaps {
     }
 
     fn put_cidrs(&self, cidrs: &Cidrs) -> Result<(), Error> {
-        let mut config = self.config()?;
-        (config.service_cidrs, config.service_cidr_count) = cidr_list(&cidrs.service);
-        (config.cluster_cidrs, config.cluster_cidr_count) = cidr_list(&cidrs.cluster);
-        (config.pod_cidrs, config.pod_cidr_count) = cidr_list(&cidrs.pod);
-        self.config.put(&0, &config)
+        self.change_config(|config| {
+            (config.service_cidrs, config.service_cidr_count) = cidr_list(&cidrs.service);
+            (config.cluster_cidrs, config.cluster_cidr_count) = cidr_list(&cidrs.cluster);
+            (config.pod_cidrs, config.pod_cidr_count) = cidr_list(&cidrs.pod);
+        })
     }
 
     /// From now on no address is a service's because of its range.
     pub fn clear_service_cidrs(&self) -> Result<(), Error> {
+        self.change_config(|config| config.service_cidr_count = 0)
+    }
+
+    fn change_config(&self, change: impl FnOnce(&mut Config)) -> Result<(), Error> {
+        let _turn = config_turn();
         let mut config = self.config()?;
-        config.service_cidr_count = 0;
+        change(&mut config);
         self.config.put(&0, &config)
     }
 
@@ -416,17 +422,17 @@ impl KernelMaps {
 
     /// Replaces what this node's own facts fix in the configuration; prefixes and the hash key stay.
     pub fn write_node_config(&self, node: &NodeConfig) -> Result<(), Error> {
-        let mut config = self.config()?;
-        if config.hash_key == [0; 2] {
-            config.hash_key = node.new_hash_key;
-        }
-        // An agent that died while it handed over may have left it.
-        config.settles_at = 0;
-        config.node_netns = node.netns;
-        config.flags = node.flags;
-        (config.snat_first, config.snat_last) = (node.snat.0.0, node.snat.1.0);
-        (config.local_first, config.local_last) = (node.local.0.0, node.local.1.0);
-        self.config.put(&0, &config)
+        self.change_config(|config| {
+            if config.hash_key == [0; 2] {
+                config.hash_key = node.new_hash_key;
+            }
+            // An agent that died while it handed over may have left it.
+            config.settles_at = 0;
+            config.node_netns = node.netns;
+            config.flags = node.flags;
+            (config.snat_first, config.snat_last) = (node.snat.0.0, node.snat.1.0);
+            (config.local_first, config.local_last) = (node.local.0.0, node.local.1.0);
+        })
     }
 
     /// The state becomes visible last, and a changed address is never seen with a live state.
@@ -469,6 +475,12 @@ impl KernelMaps {
         self.counters.put(id, &ServiceCounters::ZERO)?;
         self.names.remove(&id).map(drop)
     }
+}
+
+/// Held while a configuration is read, changed and written as a whole: the reconciler and the end of a handover both do.
+pub fn config_turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What of the configuration record this node fixes by itself.

@@ -37,7 +37,7 @@ use proxy_common::lb::flow::Seconds;
 use super::convert;
 use super::kernel::{self, MapFds, on_map};
 use super::layout::{CONFIG, Usage};
-use super::maps::{Error, PerCpu, Table};
+use super::maps::{Error, PerCpu, Table, config_turn};
 use super::sys;
 use part::{Bits, Counters, Old, Once, Part, Record, Written};
 use table::OldMap;
@@ -58,6 +58,7 @@ impl Hold {
     }
 
     fn set(&self, settles_at: Seconds) -> Result<(), Error> {
+        let _turn = config_turn();
         let write = || -> io::Result<()> {
             let mut config = vec![0u8; self.value_size];
             sys::map_lookup(self.fd.as_fd(), &0u32, &mut config)?;
