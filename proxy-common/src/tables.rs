@@ -33,6 +33,8 @@ pub trait Tables {
     fn range(&self, service: u32, local: bool) -> Option<Range>;
     /// Affinity timeout of a service, seconds; 0: none.
     fn affinity_timeout(&self, service: u32) -> u32;
+    /// True if a client's address lies in one of a service's source ranges.
+    fn is_allowed(&self, service: u32, client: &Addr) -> bool;
     /// Tells one membership of a service's sets from another. A new one is there after the new sets.
     fn fingerprint(&self, service: u32) -> u32;
     /// The slot at a position.

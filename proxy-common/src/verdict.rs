@@ -32,11 +32,13 @@ pub enum DropReason {
     UnsupportedProtocol,
     /// A packet that would open or remove a flow while the tables are handed over to another layout; clients send it again.
     Settling,
+    /// A client outside the source ranges of a load-balancer address.
+    SourceRange,
 }
 
 impl DropReason {
     /// All of them, in counter order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::NoEndpoint,
         Self::NoLocalEndpoint,
         Self::UnknownPort,
@@ -51,6 +53,7 @@ impl DropReason {
         Self::Redirect,
         Self::UnsupportedProtocol,
         Self::Settling,
+        Self::SourceRange,
     ];
 
     /// The name used in metrics and output.
@@ -70,6 +73,7 @@ impl DropReason {
             Self::Redirect => "redirect",
             Self::UnsupportedProtocol => "unsupported_protocol",
             Self::Settling => "settling",
+            Self::SourceRange => "source_range",
         }
     }
 }

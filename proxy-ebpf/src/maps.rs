@@ -1,7 +1,7 @@
 //! Every map. Sizes marked "set at load" follow the agent's flags (`--max-services`, `--max-backends`, `--max-flows`).
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::address::{AddressClass, KEPT_WORDS, PORT_WORDS, PortWord};
 use proxy_common::abi::affinity::{AffinityKey, AffinityValue};
@@ -14,6 +14,7 @@ use proxy_common::abi::fragment::{FragmentKey, FragmentValue};
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{ServiceName, ServiceRecord, Slot};
 use proxy_common::abi::socket::{SocketEntry, SocketTable};
+use proxy_common::abi::source::SourceRange;
 use proxy_common::addr::Addr;
 use proxy_common::lb::packet::Target;
 use proxy_common::wire::Parsed;
@@ -41,6 +42,10 @@ pub static kept_ports: Array<PortWord, { KEPT_WORDS as usize + 1 }, MAPPED> = Ar
 /// Frontends. Set at load.
 #[btf_map]
 pub static frontends: HashMap<FrontendKey, FrontendValue, 131_072, ON_DEMAND> = HashMap::new();
+
+/// Who may dial the restricted frontends of a service; the value is 1.
+#[btf_map]
+pub static source_ranges: LpmTrie<SourceRange, u32, 65_536> = LpmTrie::new();
 
 /// Service records. Set at load.
 #[btf_map]

@@ -2,6 +2,7 @@
 
 use crate::{counter, maps};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_loop};
 use core::ffi::c_void;
 use proxy_common::abi::address::{
@@ -13,6 +14,7 @@ use proxy_common::abi::config::Config;
 use proxy_common::abi::flow::{FlowKey, FlowRef, FlowValue};
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{Range, Slot};
+use proxy_common::abi::source::SourceRangeKey;
 use proxy_common::addr::{Addr, Port};
 use proxy_common::lb::flow::{Nanos, Seconds};
 use proxy_common::tables::{Event, Tables};
@@ -167,6 +169,12 @@ impl<C> Tables for Env<C> {
             Some(record) => unsafe { (&raw const (*record).fingerprint).read_volatile() },
             None => 0,
         }
+    }
+
+    #[inline(always)]
+    fn is_allowed(&self, service: u32, client: &Addr) -> bool {
+        let key = SourceRangeKey::new(service, *client, 128);
+        maps::source_ranges.get(&Key::new(key.bits, key.range)).is_some()
     }
 
     #[inline(always)]

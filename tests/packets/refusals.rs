@@ -50,6 +50,26 @@ fn an_unknown_port_is_refused_on_a_cluster_ip_alone() {
     assert_eq!(lab.drops["unknown_port"], 4);
 }
 
+#[test]
+fn a_restricted_address_is_open_to_its_sources_alone() {
+    let mut lab = Lab::with_xdp();
+    let [cluster_ip, vip, node_port] = [0, 1, 2];
+    each(|family, proto| {
+        let frontends = Name::Restricted.frontends(family);
+        for client in [world::outside(1), world::pod(1), world::remote_pod(3)] {
+            lab.converse(proto, client.port(family, 4000), frontends[vip]);
+        }
+        for client in [world::outside(2), world::pod(2), world::remote_pod(1)] {
+            let opening = lab.opening(proto, client.port(family, 4000), frontends[vip]);
+            assert_eq!(lab.through(&opening), None);
+        }
+        for open in [cluster_ip, node_port] {
+            lab.converse(proto, world::pod(2).port(family, 4001), frontends[open]);
+        }
+    });
+    assert_eq!(lab.drops["source_range"], 4 * 3);
+}
+
 /// On the way out: after the way in another proxy may still translate it.
 #[test]
 fn a_packet_to_an_unallocated_service_address_does_not_leave() {

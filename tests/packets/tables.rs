@@ -10,6 +10,7 @@ use proxy_common::abi::config::{Cidr, Config, MAX_CIDRS};
 use proxy_common::abi::device::DeviceRecord;
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{Range, ServiceRecord, Slot};
+use proxy_common::abi::source::SourceRangeKey;
 use proxy_common::addr::{Addr, Port};
 use proxy_userspace::datapath::kernel::MapFds;
 use proxy_userspace::datapath::sys;
@@ -40,6 +41,10 @@ impl Tables {
             tables.write_sets(maps, id, service);
             for frontend in &service.frontends {
                 tables.frontend(maps, id, service.proto, frontend);
+            }
+            for Prefix { first, bits } in &service.sources {
+                let bits = u32::from(*bits) + if first.is_ipv4() { 96 } else { 0 };
+                put(maps, "source_ranges", &SourceRangeKey::new(id, Addr::from(*first), bits), &1_u32);
             }
         }
         put(maps, "config", &0_u32, &config(facts));
@@ -123,7 +128,8 @@ impl Tables {
         let flag = |is_set: bool, flag: u32| if is_set { flag } else { 0 };
         let flags = flag(frontend.is_local_inside, FrontendValue::INSIDE_LOCAL)
             | flag(frontend.is_local_outside, FrontendValue::OUTSIDE_LOCAL)
-            | flag(frontend.is_cluster_ip, FrontendValue::CLUSTER_IP);
+            | flag(frontend.is_cluster_ip, FrontendValue::CLUSTER_IP)
+            | flag(frontend.is_restricted, FrontendValue::RESTRICTED);
         let key = match frontend.at {
             At::Addr(at) => {
                 self.class(at.ip(), AddressClass::FRONTEND | flag(frontend.is_cluster_ip, AddressClass::CLUSTER_IP));

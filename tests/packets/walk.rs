@@ -41,7 +41,7 @@ fn clients() -> Vec<Addrs> {
     outside.chain(pods).chain([world::remote_pod(8), world::remote_pod(1)]).collect()
 }
 
-const NAMES: [Name; 5] = [Name::Local, Name::Twin, Name::Remote, Name::RemoteTwin, Name::Mixed];
+const NAMES: [Name; 6] = [Name::Local, Name::Twin, Name::Remote, Name::RemoteTwin, Name::Mixed, Name::Restricted];
 /// Few, so that connections clash; of the host's range and not.
 const PORTS: [u16; 5] = [4000, 4001, 12_000, 40_000, 40_001];
 /// Bytes of the body that errors quote: ports, not all of the header, all of it, and more.

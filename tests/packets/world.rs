@@ -89,12 +89,29 @@ pub enum Name {
     Empty,
     /// Remote backends only, and a local policy outside.
     LocalPolicy,
+    /// As `Mixed`, but for its external address: [`allowed`] clients alone may dial that.
+    Restricted,
+}
+
+/// A client outside, a pod, and pods 2 and 3 of other nodes.
+pub fn allowed(family: Family) -> Vec<Prefix> {
+    let host = if family == Family::V4 { 32 } else { 128 };
+    let prefixes = [(outside(1), host), (pod(1), host), (remote_pod(2), host - 1)];
+    prefixes.map(|(first, bits)| Prefix { first: first.get(family), bits }).into()
 }
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Local, Self::Remote, Self::Mixed, Self::Twin, Self::RemoteTwin, Self::Empty, Self::LocalPolicy];
+    pub const ALL: [Self; 8] = [
+        Self::Local,
+        Self::Remote,
+        Self::Mixed,
+        Self::Twin,
+        Self::RemoteTwin,
+        Self::Empty,
+        Self::LocalPolicy,
+        Self::Restricted,
+    ];
 
     /// Its ClusterIP.
     pub fn cluster_ip(self) -> Addrs {
@@ -121,7 +138,9 @@ impl Name {
         match self {
             Self::Local | Self::Twin => vec![(pod(1), true)],
             Self::Remote | Self::RemoteTwin | Self::LocalPolicy => vec![(remote_pod(1), false)],
-            Self::Mixed => vec![(pod(1), true), (remote_pod(1), false), (pod(2), true), (remote_pod(2), false)],
+            Self::Mixed | Self::Restricted => {
+                vec![(pod(1), true), (remote_pod(1), false), (pod(2), true), (remote_pod(2), false)]
+            }
             Self::Empty => vec![],
         }
     }
@@ -136,16 +155,19 @@ impl Name {
             is_cluster_ip: false,
             is_local_inside: false,
             is_local_outside: self == Self::LocalPolicy,
+            is_restricted: self == Self::Restricted,
         };
         let cluster_ip = Frontend {
             at: At::Addr(self.cluster_ip().port(family, PORT)),
             is_cluster_ip: true,
             is_local_outside: false,
+            is_restricted: false,
             ..external
         };
         let at = At::NodePort { is_v4: family == Family::V4, port: self.node_port() };
-        let frontends = vec![cluster_ip, external, Frontend { at, ..external }];
-        Service { proto, frontends, cluster: set(backends, Set::Reject), local: set(local, Set::Drop) }
+        let frontends = vec![cluster_ip, external, Frontend { at, is_restricted: false, ..external }];
+        let sources = if self == Self::Restricted { allowed(family) } else { vec![] };
+        Service { proto, frontends, cluster: set(backends, Set::Reject), local: set(local, Set::Drop), sources }
     }
 }
 

@@ -74,6 +74,8 @@ pub struct Service {
     pub cluster: Set,
     /// Endpoints on this node.
     pub local: Set,
+    /// Who may dial its restricted frontends.
+    pub sources: Vec<Prefix>,
 }
 
 /// What clients dial.
@@ -87,6 +89,8 @@ pub struct Frontend {
     pub is_local_inside: bool,
     /// Clients outside get the local set.
     pub is_local_outside: bool,
+    /// Only the service's sources may dial it.
+    pub is_restricted: bool,
 }
 
 /// Where a frontend is.
@@ -472,6 +476,9 @@ impl Nat {
                 true => Expected::Reject,
                 false => Expected::Same,
             };
+        }
+        if frontend.is_restricted && !service.sources.iter().any(|prefix| prefix.contains(src.ip())) {
+            return Expected::Drop;
         }
         let is_inside = self.is_inside(src.ip());
         let is_local = if is_inside { frontend.is_local_inside } else { frontend.is_local_outside };

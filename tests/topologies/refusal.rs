@@ -3,10 +3,11 @@
 use std::io;
 use std::net::SocketAddr;
 
+use serde_json::json;
 use shunt_tests::manifests::{Endpoint, service};
 use shunt_tests::place::Place;
 use shunt_tests::probe::UdpOnce;
-use shunt_tests::topology::{Family, Offloads, Overlay, Plan, PodLink, SERVICES};
+use shunt_tests::topology::{Addrs, Family, Offloads, Overlay, Plan, PodLink, SERVICES};
 use shunt_tests::wait;
 
 use crate::rig::{Counters, Frontend, Offer, PORT, Proto, Rig, TARGET};
@@ -109,6 +110,59 @@ fn unallocated_service_addresses_are_dropped() {
             assert_dropped(&rig, place, to, "unallocated_service_address");
         }
     }
+}
+
+/// Clients of every kind, as loadBalancerSourceRanges name them; what is open is open by every path.
+#[test]
+fn load_balancer_addresses_are_open_to_their_source_ranges_alone() {
+    let rig = Rig::build(Plan { nodes: 2, ..Plan::default() });
+    let (node, client) = (rig.node(0), &rig.cluster.client);
+    rig.cluster.route_vips(node);
+    let ranges = |hosts: &[Addrs]| {
+        let nets = hosts.iter().flat_map(|host| [format!("{}/32", host.v4), format!("{}/128", host.v6)]);
+        json!(nets.collect::<Vec<_>>())
+    };
+    let web = |allowed: &[Addrs]| WEB.to(&rig.node(1).pods[0]).spec("loadBalancerSourceRanges", ranges(allowed));
+    let (first, second) = (&node.pods[0], &node.pods[1]);
+    rig.apply(&[&web(&[first.addrs, client.addrs])]);
+    let expect = |place: &Place, is_open: bool| {
+        for family in Family::ALL {
+            let to = WEB.at(Frontend::LoadBalancer, node, family);
+            if is_open {
+                assert_eq!(place.tcp(to).expect("it is open").server, rig.node(1).pods[0].place.name(), "{to}");
+            } else {
+                assert_dropped(&rig, place, to, "source_range");
+            }
+            place.tcp(WEB.at(Frontend::ClusterIp, node, family)).expect("a ClusterIP is open to all");
+        }
+    };
+    let pods = |pod: &Place, is_open| {
+        expect(pod, is_open);
+        expect(&pod.unhooked(), is_open);
+    };
+    pods(&first.place, true);
+    pods(&second.place, false);
+    for family in Family::ALL {
+        let to = WEB.at(Frontend::LoadBalancer, node, family);
+        client.place.tcp(to).expect("it is open");
+        let failure = node.place.run(|| Tcp::dial_briefly(to)).expect_err("the node is in no range");
+        assert_eq!(failure.kind(), io::ErrorKind::TimedOut);
+        client.place.tcp(WEB.at(Frontend::External, node, family)).expect("other addresses are open to all");
+    }
+    // It follows, and connections that are there stay.
+    let mut held = client.place.run(|| Tcp::dial(0, WEB.at(Frontend::LoadBalancer, node, Family::V4))).expect("open");
+    rig.apply(&[&web(&[second.addrs, node.addrs])]);
+    pods(&first.place, false);
+    pods(&second.place, true);
+    held.ask().expect("a narrower range cuts nothing");
+    for family in Family::ALL {
+        let to = WEB.at(Frontend::LoadBalancer, node, family);
+        node.place.tcp(to).expect("the node is in a range");
+        assert_dropped(&rig, &client.place, to, "source_range");
+    }
+    rig.apply(&[&WEB.to(&rig.node(1).pods[0])]);
+    pods(&first.place, true);
+    client.place.tcp(WEB.at(Frontend::LoadBalancer, node, Family::V4)).expect("open to all");
 }
 
 /// A service that its label leaves to another proxy has an address of the services' range that we do not know.

@@ -36,6 +36,10 @@ impl FrontendValue {
     pub const CLUSTER_IP: u32 = 1 << 2;
     /// Left to the packet path by the socket hooks.
     pub const PACKETS_ONLY: u32 = 1 << 3;
+    /// Only clients in the service's source ranges may dial it (core/v1, loadBalancerSourceRanges).
+    pub const RESTRICTED: u32 = 1 << 4;
+    /// The node's own address is in none of those ranges: the socket hooks leave it alone for its processes too.
+    pub const CLOSED_TO_NODE: u32 = 1 << 5;
 
     /// True if any of `flags` is set.
     #[inline(always)]

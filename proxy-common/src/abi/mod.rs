@@ -11,6 +11,7 @@
 //! | `ports` | array | port / 32 | [`address::PortWord`] |
 //! | `kept_ports` | mapped array | port / 16 | [`address::PortWord`], see [`address::KEPT_WORDS`] |
 //! | `frontends` | hash | [`frontend::FrontendKey`] | [`frontend::FrontendValue`] |
+//! | `source_ranges` | longest-prefix-match trie | [`source::SourceRangeKey`] | 1, `u32` |
 //! | `services` | mapped array | service id | [`service::ServiceRecord`] |
 //! | `service_names` | hash | service id | [`service::ServiceName`] |
 //! | `slots` | mapped array | position | [`service::Slot`] |
@@ -36,6 +37,7 @@ pub mod fragment;
 pub mod frontend;
 pub mod service;
 pub mod socket;
+pub mod source;
 
 /// Version of every layout in this module; part of the pin path.
 pub const ABI_VERSION: u32 = 2;

@@ -60,8 +60,22 @@ impl Rewrite {
 
 const PASS: Verdict = Verdict::Pass;
 
+/// Why a packet opens no flow: it is refused, or, with `None`, left to the stack. (Less than a [`Verdict`], so that there is
+/// no room for a rewriting: its content would be undefined here, and LLVM 22 keeps that in registers which the verifier of
+/// Linux 6.18 does not let it store, "invalid size of register spill".)
+pub type Unopened = Option<(DropReason, Refusal)>;
+
+/// The verdict on a packet that opens no flow.
+#[inline(always)]
+fn unopened(unopened: Unopened) -> Verdict {
+    match unopened {
+        None => PASS,
+        Some((reason, refusal)) => Verdict::Refuse(reason, refusal),
+    }
+}
+
 /// While the tables are handed over to another layout, they stay as they are: what would open or remove a flow comes again.
-const HELD: Verdict = Verdict::Refuse(DropReason::Settling, Refusal::Drop);
+const HELD: (DropReason, Refusal) = (DropReason::Settling, Refusal::Drop);
 
 // What only opening, promoting and ending a flow need is marked `inline(never)`: in the kernel half each such function
 // takes its turn on a stack of 512 bytes. Everything else is inlined, so that a decision stays in registers.
@@ -198,6 +212,8 @@ pub fn refusal<F: Lookups>(flows: &F, packet: &Parsed) -> Option<(DropReason, Re
         return None;
     }
     match pick::find_frontend(flows, class, ports, &tuple.dst, tuple.dport, tuple.proto) {
+        // Whether it may dial is asked behind: an answer would tell a stranger that something is there.
+        Some(frontend) if frontend.value.has(FrontendValue::RESTRICTED) => None,
         Some(frontend) => {
             let refused = pick::set_for(flows, frontend.value, is_inside(flows, tuple)).err()?;
             flows.count(frontend.value.service, Event::NoBackend);
@@ -232,7 +248,7 @@ pub fn ingress<F: Flows>(flows: &F, packet: &mut Parsed) -> Verdict {
         Step::Done(verdict) => verdict,
         Step::Open { clash } => match ingress_open(flows, packet, clash) {
             Ok(target) => create(flows, packet, &target),
-            Err(verdict) => verdict,
+            Err(refusal) => unopened(refusal),
         },
     }
 }
@@ -358,7 +374,7 @@ fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: P
         Known::Clash => Step::Open { clash: true },
         Known::Other => Step::Done(PASS),
         Known::Stray => Step::Done(Verdict::Refuse(DropReason::NoConnection, Refusal::Drop)),
-        Known::Held => Step::Done(HELD),
+        Known::Held => Step::Done(Verdict::Refuse(HELD.0, HELD.1)),
     }
 }
 
@@ -769,7 +785,7 @@ fn bridge_mac<F: Flows>(flows: &F, packet: &Parsed, front: FlowRef<'_>, rewrite:
 
 /// Second stage: where a packet without a flow goes, if it opens one. `clash`: as the first stage said.
 #[inline(always)]
-pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result<Target, Verdict> {
+pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result<Target, Unopened> {
     let tuple = &packet.tuple;
     let class = flows.address(&tuple.dst);
     let ports = uses_of(flows, class, packet);
@@ -782,43 +798,53 @@ pub fn ingress_open<F: Flows>(flows: &F, packet: &Parsed, clash: bool) -> Result
         } else if class.has(AddressClass::BACKEND) && opens {
             direct(flows, packet)
         } else {
-            Err(PASS)
+            Err(None)
         };
     };
     if packet.kind == Kind::LaterFragment {
         // The first fragment was refused, or its flow is gone.
-        return Err(Verdict::Refuse(DropReason::FragmentUnknown, Refusal::Drop));
+        return Err(Some((DropReason::FragmentUnknown, Refusal::Drop)));
     }
     // A connection that a predecessor translates by the kernel's connection tracking lives on there.
     if (!opens || !is_tcp) && flows.tracked(tuple) == Tracked::Translated {
-        return Err(PASS);
+        return Err(None);
     }
     if !is_tcp && frontend.by_node_port && flows.has_connected_socket(tuple) {
-        return Err(PASS);
+        return Err(None);
     }
     if is_settling(flows) {
-        return Err(HELD);
+        return Err(Some(HELD));
     }
     if !opens {
         return Err(if frontend.value.has(FrontendValue::CLUSTER_IP) {
-            Verdict::Refuse(DropReason::NoConnection, Refusal::Reject)
+            Some((DropReason::NoConnection, Refusal::Reject))
         } else {
-            PASS
+            None
         });
+    }
+    // Asked once a flow, before its endpoints: a range that becomes narrower cuts no connection.
+    if is_closed(flows, packet, frontend) {
+        return Err(Some((DropReason::SourceRange, Refusal::Drop)));
     }
     backend(flows, packet, frontend, if clash { FlowValue::ALIAS } else { 0 })
 }
 
+/// True if the sender may not dial the frontend.
+#[inline(never)]
+fn is_closed<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend) -> bool {
+    frontend.value.has(FrontendValue::RESTRICTED) && !flows.is_allowed(frontend.value.service, &packet.tuple.src)
+}
+
 /// A port of a ClusterIP that no service has.
 #[inline(always)]
-fn no_frontend<F: Flows>(flows: &F, packet: &Parsed, opens: bool) -> Verdict {
+fn no_frontend<F: Flows>(flows: &F, packet: &Parsed, opens: bool) -> Unopened {
     if (!opens || packet.tuple.proto != Proto::TCP) && flows.tracked(&packet.tuple) == Tracked::Translated {
-        return PASS;
+        return None;
     }
     if !opens && is_settling(flows) {
-        return HELD;
+        return Some(HELD);
     }
-    Verdict::Refuse(DropReason::UnknownPort, Refusal::Reject)
+    Some((DropReason::UnknownPort, Refusal::Reject))
 }
 
 /// True if the client is this node itself, or has an address of the cluster.
@@ -862,7 +888,7 @@ fn needs_snat<F: Flows>(flows: &F, tuple: &Tuple, frontend: FrontendValue, pick:
 
 /// The backend that a frontend gives a client, and the source that the backend is to see.
 #[inline(never)]
-fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: u32) -> Result<Target, Verdict> {
+fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: u32) -> Result<Target, Unopened> {
     let tuple = &packet.tuple;
     let service = frontend.value.service;
     let client = client_of(flows, tuple, service);
@@ -872,7 +898,7 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
         Ok(pick) => pick,
         Err((reason, refusal)) => {
             flows.count(service, Event::NoBackend);
-            return Err(Verdict::Refuse(reason, refusal));
+            return Err(Some((reason, refusal)));
         }
     };
     flags |= if pick.affine { FlowValue::AFFINITY } else { 0 };
@@ -880,7 +906,7 @@ fn backend<F: Flows>(flows: &F, packet: &Parsed, frontend: Frontend, mut flags: 
     if needs_snat(flows, tuple, frontend.value, &pick) {
         match flows.source_towards(&tuple.src, &pick.backend.addr) {
             Some(source) if !source.is_v6_link_local() => nat = source,
-            _ => return Err(Verdict::Refuse(DropReason::NoRouteToBackend, Refusal::Drop)),
+            _ => return Err(Some((DropReason::NoRouteToBackend, Refusal::Drop))),
         }
         flags |= FlowValue::SNAT;
     }
@@ -925,17 +951,17 @@ fn clash_of<F: Flows>(flows: &F, packet: &Parsed) -> Clash {
 /// A direct connection to a backend whose tuple a translated flow already has: it gets another
 /// source port, so that the backend's replies can be told apart. If that flow is over, it goes.
 #[inline(always)]
-fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Verdict> {
+fn direct<F: Flows>(flows: &F, packet: &Parsed) -> Result<Target, Unopened> {
     let tuple = &packet.tuple;
     if packet.kind == Kind::LaterFragment {
-        return Err(PASS);
+        return Err(None);
     }
     match clash_of(flows, packet) {
-        Clash::None => return Err(PASS),
-        Clash::Over | Clash::Alive if is_settling(flows) => return Err(HELD),
+        Clash::None => return Err(None),
+        Clash::Over | Clash::Alive if is_settling(flows) => return Err(Some(HELD)),
         Clash::Over => {
             forget_over(flows, tuple);
-            return Err(PASS);
+            return Err(None);
         }
         Clash::Alive => {}
     }

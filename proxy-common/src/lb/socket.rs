@@ -68,7 +68,11 @@ pub fn dial<T: Tables>(tables: &T, dial: &Dial, connects: bool) -> Verdict {
     };
     // Two services with one backend would make two connections with the same ends (EADDRNOTAVAIL); the packet path can
     // tell them apart. The node's own packets do not pass it.
-    if !of_node && (connects && dial.bound || found.value.has(FrontendValue::PACKETS_ONLY)) {
+    let left_to_packets = match of_node {
+        true => found.value.has(FrontendValue::CLOSED_TO_NODE),
+        false => connects && dial.bound || found.value.has(FrontendValue::PACKETS_ONLY),
+    };
+    if left_to_packets {
         return Verdict::Leave;
     }
     let service = found.value.service;

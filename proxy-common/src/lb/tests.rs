@@ -656,6 +656,24 @@ fn unknown_ports_and_addresses_are_refused_only_where_nobody_else_can_be() {
 }
 
 #[test]
+fn a_restricted_address_is_open_to_its_ranges_alone() {
+    let mut world = World::new();
+    let service = world.add_service(&[("10.244.1.5", 8080, true)], Proto::TCP);
+    world.add_frontend(service, "203.0.113.80", 80, Proto::TCP, FrontendValue::RESTRICTED);
+    world.add_frontend(service, "198.51.100.9", 80, Proto::TCP, 0);
+    let from = |client| tuple(client, 4000, "203.0.113.80", 80, Proto::TCP);
+    let closed = Some((DropReason::SourceRange, Refusal::Drop));
+    assert_eq!(dial(&world, from("192.0.2.7")).err(), closed, "no range allows anybody");
+    world.allow(service, "192.0.2.0", 28);
+    let connection = open(&world, from("192.0.2.7"));
+    assert_eq!(dial(&world, from("192.0.2.16")).err(), closed);
+    assert_eq!(dial(&world, from("10.244.1.50")).err(), closed, "a pod is a client like others");
+    assert!(dial(&world, tuple("192.0.2.16", 4000, "198.51.100.9", 80, Proto::TCP)).is_ok(), "another frontend");
+    world.source_ranges.clear();
+    send(&world, &connection, tcp::ACK, 501);
+}
+
+#[test]
 fn policies_and_emptiness_decide_who_is_refused_and_how() {
     let mut world = World::new();
     let remote = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);

@@ -30,6 +30,7 @@ pub struct World {
     pub frontends: HashMap<FrontendKey, FrontendValue>,
     pub sets: HashMap<(u32, bool), Range>,
     pub affinity_timeouts: HashMap<u32, u32>,
+    pub source_ranges: HashMap<u32, Vec<Cidr>>,
     pub fingerprints: HashMap<u32, u32>,
     pub slots: Vec<Slot>,
     pub backends: RefCell<Vec<BackendRecord>>,
@@ -92,6 +93,7 @@ impl World {
             frontends: HashMap::new(),
             sets: HashMap::new(),
             affinity_timeouts: HashMap::new(),
+            source_ranges: HashMap::new(),
             fingerprints: HashMap::new(),
             slots: Vec::new(),
             backends: RefCell::new(std::vec![BackendRecord::ZERO]),
@@ -165,6 +167,11 @@ impl World {
         self.add_class(key.addr, AddressClass::FRONTEND | cluster_ip);
     }
 
+    /// Adds a source range to a service.
+    pub fn allow(&mut self, service: u32, text: &str, bits: u32) {
+        self.source_ranges.entry(service).or_default().push(cidr(text, bits));
+    }
+
     /// Takes a backend away, as the agent does when its endpoint is gone.
     pub fn remove_backend(&self, text: &str) {
         for backend in self.backends.borrow_mut().iter_mut().filter(|backend| backend.addr == addr(text)) {
@@ -218,6 +225,9 @@ impl Tables for World {
     }
     fn fingerprint(&self, service: u32) -> u32 {
         self.fingerprints.get(&service).copied().unwrap_or_default()
+    }
+    fn is_allowed(&self, service: u32, client: &Addr) -> bool {
+        self.source_ranges.get(&service).is_some_and(|ranges| ranges.iter().any(|range| range.contains(client)))
     }
     fn slot(&self, position: u32) -> Option<Slot> {
         self.slots.get(position as usize).copied()

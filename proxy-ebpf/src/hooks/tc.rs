@@ -178,7 +178,8 @@ pub fn open(ctx: TcContext) -> i32 {
             go_on(skb, place, Continuation::Create);
             NEXT
         }
-        Err(verdict) => act_apart(skb, place, parsed, verdict),
+        Err(None) => NEXT,
+        Err(Some((reason, refusal))) => refuse(skb, place, reason, refusal),
     }
 }
 

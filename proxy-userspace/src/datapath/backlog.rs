@@ -19,6 +19,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use proxy_common::addr::Addr;
 use tokio::time::Instant;
 
@@ -44,6 +45,7 @@ pub struct Waiting {
 enum Entry {
     Cidrs,
     Backend(BackendId),
+    Source(ServiceId, IpNet),
     Slots(u32),
     Record(ServiceId),
     Name(ServiceId),
@@ -175,6 +177,7 @@ fn entry(op: &Op) -> Entry {
         // A service that retires leaves with its name.
         Op::PutName { id, .. } | Op::RetireService { id } => Entry::Name(*id),
         Op::PutBackend { id, .. } | Op::RetireBackend { id } => Entry::Backend(*id),
+        Op::AllowSource { id, net } | Op::ForbidSource { id, net } => Entry::Source(*id, *net),
         Op::WriteSlots { base, .. } => Entry::Slots(*base),
         Op::PublishService { id, .. } => Entry::Record(*id),
         Op::PutFrontend { at, .. } | Op::DeleteFrontend { at } => Entry::Frontend(*at),

@@ -10,12 +10,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use aya::Pod;
+use ipnet::IpNet;
 use proxy_common::abi::address::{AddressClass, PortWord};
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::{Cidr, Config, MAX_CIDRS};
 use proxy_common::abi::counter::ServiceCounters;
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{ServiceName, ServiceRecord, Slot};
+use proxy_common::abi::source::SourceRangeKey;
 use proxy_common::addr::{Addr, Port};
 use tracing::warn;
 
@@ -291,6 +293,7 @@ pub struct KernelMaps {
     addresses: Table<Addr, AddressClass>,
     frontends: Table<FrontendKey, FrontendValue>,
     names: Table<u32, ServiceName>,
+    sources: Table<SourceRangeKey, u32>,
     counters: PerCpu<ServiceCounters>,
     services: MappedArray<ServiceRecord>,
     slots: MappedArray<Slot>,
@@ -306,6 +309,7 @@ impl KernelMaps {
             addresses: Table::open(maps, "addresses")?,
             frontends: Table::open(maps, "frontends")?,
             names: Table::open(maps, "service_names")?,
+            sources: Table::open(maps, "source_ranges")?,
             counters: PerCpu::open(maps, "service_counters")?,
             services: MappedArray::open(maps, "services", true)?,
             slots: MappedArray::open(maps, "slots", true)?,
@@ -355,6 +359,8 @@ impl KernelMaps {
             Op::PutCidrs(cidrs) => self.put_cidrs(cidrs),
             Op::PutName { id, name } => self.names.put(&id.0, &name.record()),
             Op::PutBackend { id, record } => self.write_backend(id.0, record),
+            Op::AllowSource { id, net } => self.sources.put(&source_key(*id, net), &1),
+            Op::ForbidSource { id, net } => self.sources.remove(&source_key(*id, net)).map(drop),
             Op::WriteSlots { base, slots } => self.write_slots(*base, slots),
             Op::PublishService { id, record } => self.write_service(id.0, record),
             Op::PutFrontend { at, value } => self.frontends.put(&at.record(), value),
@@ -475,6 +481,20 @@ impl KernelMaps {
         self.counters.put(id, &ServiceCounters::ZERO)?;
         self.names.remove(&id).map(drop)
     }
+}
+
+/// The key of a source range; an IPv4 prefix has the mapped part before it.
+fn source_key(id: ServiceId, net: &IpNet) -> SourceRangeKey {
+    let before = if net.addr().is_ipv4() { 96 } else { 0 };
+    SourceRangeKey::new(id.0, net.network().into(), before + u32::from(net.prefix_len()))
+}
+
+/// The source range of a key, if it is one.
+pub(super) fn source_of(key: &SourceRangeKey) -> Option<(ServiceId, IpNet)> {
+    let addr = key.range.addr;
+    let before = if addr.is_v4() { 96 } else { 0 };
+    let length = key.length().checked_sub(before)?.try_into().ok()?;
+    Some((ServiceId(key.range.service), IpNet::new(addr.into(), length).ok()?))
 }
 
 /// Held while a configuration is read, changed and written as a whole: the reconciler and the end of a handover both do.

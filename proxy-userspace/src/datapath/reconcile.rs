@@ -451,7 +451,7 @@ mod tests {
             internal_policy: TrafficPolicy::Cluster,
             external_policy: TrafficPolicy::Cluster,
             affinity: None,
-            restricted: ByFamily::default(),
+            source_ranges: ByFamily::default(),
         }
     }
 

@@ -377,7 +377,7 @@ mod tests {
                 internal_policy: Default::default(),
                 external_policy: Default::default(),
                 affinity: None,
-                restricted: Default::default(),
+                source_ranges: Default::default(),
             };
             snapshot.services.insert(key, Arc::new(service));
         }

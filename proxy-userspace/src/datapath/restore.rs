@@ -7,10 +7,11 @@ use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::{Cidr, Config};
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{Range, ServiceName, ServiceRecord, Slot};
+use proxy_common::abi::source::SourceRangeKey;
 use proxy_common::addr::Addr;
 
 use super::kernel::MapFds;
-use super::maps::{Error, MappedArray, Table};
+use super::maps::{Error, MappedArray, Table, source_of};
 use crate::planner::{BackendId, Cidrs, FrontendAddr, Limits, ServiceId, Tables};
 
 /// Capacities of the arrays that the planner allocates from.
@@ -54,6 +55,11 @@ fn read_hashes(maps: &MapFds, tables: &mut Tables) -> Result<(), Error> {
     })?;
     Table::<FrontendKey, FrontendValue>::open(maps, "frontends")?.for_each(|key, value| {
         tables.frontends.insert(FrontendAddr::from(*key), *value);
+    })?;
+    Table::<SourceRangeKey, u32>::open(maps, "source_ranges")?.for_each(|key, _| {
+        if let Some((service, net)) = source_of(key) {
+            tables.sources.entry(service).or_default().insert(net);
+        }
     })?;
     Table::<Addr, AddressClass>::open(maps, "addresses")?.for_each(|addr, class| {
         tables.addresses.insert(*addr, *class);

@@ -396,8 +396,8 @@ fn batch(result: io::Result<i64>, attr: &BatchAttr) -> Result<(), (usize, io::Er
 /// Position of a batched walk through a map; opaque to all but the kernel.
 #[derive(Clone, Copy, Default)]
 pub struct Cursor {
-    /// Hash maps keep a bucket number here, others (arrays) a key of four bytes.
-    token: u64,
+    /// Hash maps keep a bucket number here, others a key.
+    token: [u64; 4],
     started: bool,
 }
 
@@ -446,7 +446,7 @@ unsafe fn lookup_batch(
     keys: *mut u8,
     values: *mut u8,
 ) -> io::Result<Batch> {
-    let mut next = 0u64;
+    let mut next = [0; 4];
     let mut attr = BatchAttr {
         in_batch: if cursor.started { &raw const cursor.token as u64 } else { 0 },
         out_batch: &raw mut next as u64,
@@ -456,7 +456,7 @@ unsafe fn lookup_batch(
         map: raw(map),
         ..Default::default()
     };
-    // SAFETY: the caller's promise; the tokens of hash maps and arrays have four bytes.
+    // SAFETY: the caller's promise; a token has four bytes, or those of a key, of which none that is walked has more than a cursor.
     let done = match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) } {
         Ok(_) => false,
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,

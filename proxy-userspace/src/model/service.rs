@@ -5,6 +5,7 @@
 use std::fmt;
 use std::num::{NonZeroU32, NonZeroU64};
 
+use ipnet::IpNet;
 use proxy_common::addr::{Addr, Port, Proto};
 
 use super::name::Name;
@@ -209,6 +210,7 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// Seconds for which a client keeps its backend.
     pub affinity: Option<NonZeroU32>,
-    /// True where loadBalancerSourceRanges restrict the clients of the load-balancer addresses.
-    pub restricted: ByFamily<bool>,
+    /// Who may dial the load-balancer addresses (loadBalancerSourceRanges): prefixes of the family, each once, in order.
+    /// `None`: everybody.
+    pub source_ranges: ByFamily<Option<Box<[IpNet]>>>,
 }

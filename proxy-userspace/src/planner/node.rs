@@ -8,7 +8,7 @@ use proxy_common::abi::config::{Cidr, MAX_CIDRS};
 use proxy_common::addr::Addr;
 
 use super::plan::Cidrs;
-use crate::model::{Endpoint, Family, Name, NodeFacts, NodePortAddresses, Snapshot};
+use crate::model::{ByFamily, Endpoint, Family, Name, NodeFacts, NodePortAddresses, Snapshot};
 
 /// What plans depend on, of the node they are for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -19,6 +19,8 @@ pub struct NodeView {
     pub zone: Option<Name>,
     /// Addresses bound to its devices that packets can be sent to, and their class: NODE, NODE_PORT for some.
     pub addresses: BTreeMap<Addr, u32>,
+    /// Its main address of each family.
+    pub primary: ByFamily<Option<Addr>>,
     /// Prefixes for the configuration.
     pub cidrs: Cidrs,
     /// Prefixes that did not fit into it: kind and number.
@@ -41,6 +43,7 @@ impl NodeView {
             name: snapshot.facts.name.clone(),
             zone: own.and_then(|node| node.zone.clone()),
             addresses: address_classes(snapshot),
+            primary: ByFamily { v4: primary(snapshot, Family::V4), v6: primary(snapshot, Family::V6) },
             cidrs,
             cidrs_left_out: left_out,
         }
@@ -56,7 +59,7 @@ impl NodeView {
 
     /// True if every plan may differ between the two.
     pub fn plans_differ(&self, other: &Self) -> bool {
-        (&self.name, &self.zone) != (&other.name, &other.zone)
+        (&self.name, &self.zone, self.primary) != (&other.name, &other.zone, other.primary)
     }
 
     /// Addresses that only one of the two has: plans differ by endpoints without a node name that have one of them.

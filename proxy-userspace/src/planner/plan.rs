@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use proxy_common::abi::address::{AddressClass, PortWord};
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::Cidr;
@@ -82,6 +83,20 @@ pub enum Op {
         id: BackendId,
         /// All of it.
         record: BackendRecord,
+    },
+    /// Lets clients in a prefix dial the restricted frontends of a service.
+    AllowSource {
+        /// Its id.
+        id: ServiceId,
+        /// Of the service's family.
+        net: IpNet,
+    },
+    /// The reverse.
+    ForbidSource {
+        /// The service's id.
+        id: ServiceId,
+        /// As it was allowed.
+        net: IpNet,
     },
     /// Writes slots that no published range contains.
     WriteSlots {
@@ -179,7 +194,8 @@ impl Group {
     pub fn stage(&self, op: &Op) -> Stage {
         let leftovers = self.subject == Subject::Leftovers;
         match op {
-            Op::PutName { .. } | Op::PutBackend { .. } => Stage::Prepare,
+            Op::PutName { .. } | Op::PutBackend { .. } | Op::AllowSource { .. } => Stage::Prepare,
+            Op::ForbidSource { .. } if leftovers => Stage::Conceal,
             Op::PublishService { .. } if leftovers => Stage::Withdraw,
             Op::WriteSlots { .. } | Op::PublishService { .. } => Stage::Prepare,
             Op::PutFrontend { .. } => Stage::Point,
@@ -188,7 +204,7 @@ impl Group {
             Op::PutAddress { .. } | Op::PutPorts { .. } if !leftovers => Stage::Reveal,
             Op::DeleteFrontend { .. } => Stage::Withdraw,
             Op::PutAddress { .. } | Op::PutPorts { .. } | Op::DeleteAddress { .. } => Stage::Conceal,
-            Op::RetireBackend { .. } | Op::RetireService { .. } => Stage::Retire,
+            Op::ForbidSource { .. } | Op::RetireBackend { .. } | Op::RetireService { .. } => Stage::Retire,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What a service asks for that cannot be done, and what is done instead. Each harms only its own service.
 
-use proxy_common::addr::{Addr, Port};
+use proxy_common::addr::Port;
 
 use super::key::{FrontendAddr, NameTooLong, PortName};
 use crate::model::Name;
@@ -37,14 +37,6 @@ pub enum Problem {
         frontend: FrontendAddr,
         /// Who has it.
         winner: PortName,
-    },
-    /// Load-balancer addresses with allowed sources, which nothing enforces yet.
-    #[error(
-        "{addr}: loadBalancerSourceRanges are not supported yet; the address is not served, since it would be open to all"
-    )]
-    SourceRanges {
-        /// The address.
-        addr: Addr,
     },
     /// A table is full.
     #[error("{name}: no room for {wanted} more {what} (the table has {capacity}); it stays as it was")]

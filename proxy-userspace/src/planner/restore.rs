@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::frontend::FrontendValue;
 use proxy_common::abi::service::{Range, ServiceRecord};
@@ -17,7 +18,7 @@ use super::claims::Claims;
 use super::ids::{BackendId, Epoch, Ids, Limits, ServiceId, Slots, Stretch};
 use super::key::{BackendAddr, FrontendAddr, PortName};
 use super::service::{FrontendKind, PlannedFrontend};
-use super::state::{Orphans, Port, State, claim};
+use super::state::{Orphans, Port, Retired, State, claim};
 use super::tables::Tables;
 use super::usage::{Addresses, Ports, SnatPorts};
 
@@ -51,7 +52,10 @@ impl State {
             port_uses: Ports::restore(snat, &tables.ports),
             cidrs: tables.cidrs.clone(),
             orphans: Orphans {
-                services: unnamed.iter().map(|id| (*id, stretch_of(id))).collect(),
+                services: unnamed
+                    .iter()
+                    .map(|id| (Retired { id: *id, sources: sources(tables, id) }, stretch_of(id)))
+                    .collect(),
                 backends: doubles,
                 unlisted: Vec::new(),
             },
@@ -121,7 +125,9 @@ impl State {
 fn used_services(tables: &Tables) -> BTreeSet<u32> {
     let pointed_to = tables.frontends.values().map(|value| value.service);
     let published = tables.services.iter().filter(|(_, record)| **record != ServiceRecord::ZERO).map(|(id, _)| id.0);
-    tables.names.keys().map(|id| id.0).chain(published).chain(pointed_to).filter(|id| *id != 0).collect()
+    let restricted = tables.sources.keys().map(|id| id.0);
+    let known = tables.names.keys().map(|id| id.0);
+    known.chain(published).chain(pointed_to).chain(restricted).filter(|id| *id != 0).collect()
 }
 
 /// Ids by name; and ids without a name of ours, or whose name another id has. Of those the one with more frontends counts:
@@ -187,6 +193,10 @@ fn span(record: &ServiceRecord) -> Option<Stretch> {
     Some(Stretch { base, count: end - base })
 }
 
+fn sources(tables: &Tables, id: &ServiceId) -> Box<[IpNet]> {
+    tables.sources.get(id).into_iter().flatten().copied().collect()
+}
+
 fn frontends_by_service(tables: &Tables) -> BTreeMap<ServiceId, Vec<PlannedFrontend>> {
     let mut by_service: BTreeMap<ServiceId, Vec<_>> = BTreeMap::new();
     for (at, value) in &tables.frontends {
@@ -232,6 +242,7 @@ fn restore_port(
         record: is_sound.then_some(record),
         backends: backends.iter().filter_map(|(at, is_local)| Some(Listed::new(known.find(at)?, *is_local))).collect(),
         frontends: frontends.into(),
+        sources: sources(tables, &id),
         created: None,
         is_held: true,
     }

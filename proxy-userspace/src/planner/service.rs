@@ -1,5 +1,9 @@
 //! One service, its endpoints and this node: what should be programmed.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 use proxy_common::abi::frontend::FrontendValue;
 use proxy_common::abi::service::Range;
 use proxy_common::addr::{Addr, Port, Proto};
@@ -34,6 +38,8 @@ pub struct PortPlan {
     pub affinity: u32,
     /// What clients dial, the strongest claim first; each address once.
     pub frontends: Vec<PlannedFrontend>,
+    /// Who may dial its restricted frontends; each prefix once, in order.
+    pub sources: Vec<IpNet>,
 }
 
 /// A backend of one service port.
@@ -99,7 +105,6 @@ pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -
             plan.ports.push(plan_port(service, endpoints, node, (port, proto), (*family, *cluster_ip)));
         }
     }
-    plan.problems.extend(restricted_addresses(service));
     plan
 }
 
@@ -129,20 +134,39 @@ fn plan_port(
         family,
         backends: endpoints::select(endpoints, (&port.name, port.protocol, proto), family, node),
         affinity: service.affinity.map_or(0, |seconds| seconds.get()),
-        frontends: frontends(service, (port, proto), (family, cluster_ip)),
+        frontends: frontends(service, node, (port, proto), (family, cluster_ip)),
+        sources: sources(service, node, family),
     }
+}
+
+/// Clients that may dial the load-balancer addresses; empty also if all may. A node in the ranges may dial them by their own
+/// address too: it has that where it announces them.
+fn sources(service: &Service, node: &NodeView, family: Family) -> Vec<IpNet> {
+    let Some(listed) = service.source_ranges.get(family) else { return Vec::new() };
+    let balanced = service.load_balancer_ips.iter().filter(|addr| Family::of(addr) == family);
+    if balanced.clone().next().is_none() {
+        return Vec::new();
+    }
+    let own = balanced.filter(|_| is_in(listed, node, family)).map(|addr| IpNet::from(IpAddr::from(*addr)));
+    let all: BTreeSet<_> = listed.iter().copied().chain(own).collect();
+    all.into_iter().collect()
+}
+
+/// True if the node's main address of the family is in one of the prefixes.
+fn is_in(listed: &[IpNet], node: &NodeView, family: Family) -> bool {
+    node.primary.get(family).is_some_and(|addr| listed.iter().any(|net| net.contains(&IpAddr::from(addr))))
 }
 
 /// What clients of a service port can dial in one family.
 fn frontends(
     service: &Service,
+    node: &NodeView,
     (port, proto): (&ServicePort, Proto),
     (family, cluster_ip): (Family, Addr),
 ) -> Vec<PlannedFrontend> {
     let of_family = move |addr: &&Addr| Family::of(addr) == family;
     let at = |addr: Addr, port: Port| FrontendAddr { addr, port, proto };
-    let served = !*service.restricted.get(family);
-    let balanced = service.load_balancer_ips.iter().filter(of_family).filter(|_| served);
+    let balanced = service.load_balancer_ips.iter().filter(of_family);
     let external = service.external_ips.iter().filter(of_family);
     let mut all = vec![(FrontendKind::ClusterIp, at(cluster_ip, port.port))];
     all.extend(balanced.map(|addr| (FrontendKind::LoadBalancer, at(*addr, port.port))));
@@ -152,7 +176,9 @@ fn frontends(
     all.sort_by_key(|(_, at)| *at);
     all.dedup_by_key(|(_, at)| *at);
     all.sort_by_key(|(kind, at)| (*kind, *at));
-    all.into_iter().map(|(kind, at)| PlannedFrontend { at, kind, flags: flags(service, kind) }).collect()
+    let closed = closed(service, node, family);
+    let flags = |kind| flags(service, kind) | if kind == FrontendKind::LoadBalancer { closed } else { 0 };
+    all.into_iter().map(|(kind, at)| PlannedFrontend { at, kind, flags: flags(kind) }).collect()
 }
 
 /// Who gets the local set by a frontend of this kind. To an external address, clients inside always get the cluster set.
@@ -165,11 +191,14 @@ fn flags(service: &Service, kind: FrontendKind) -> u32 {
     }
 }
 
-/// Load-balancer addresses that are not served, because their allowed sources could not be enforced.
-fn restricted_addresses(service: &Service) -> impl Iterator<Item = Problem> {
-    let restricted = service.load_balancer_ips.iter().filter(|addr| *service.restricted.get(Family::of(addr)));
-    let served = restricted.filter(|addr| service.cluster_ips.get(Family::of(addr)).is_some());
-    served.map(|addr| Problem::SourceRanges { addr: *addr })
+/// To whom the load-balancer addresses of a family are closed. Source ranges are asked by the packet path, which knows the
+/// client's address; for the node's own processes they are asked here.
+fn closed(service: &Service, node: &NodeView, family: Family) -> u32 {
+    match service.source_ranges.get(family) {
+        None => 0,
+        Some(listed) if is_in(listed, node, family) => FrontendValue::RESTRICTED | FrontendValue::PACKETS_ONLY,
+        Some(_) => FrontendValue::RESTRICTED | FrontendValue::PACKETS_ONLY | FrontendValue::CLOSED_TO_NODE,
+    }
 }
 
 impl PortPlan {

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use proxy_common::abi::frontend::FrontendValue;
 use proxy_common::abi::service::{Range, ServiceRecord};
 use proxy_common::addr::Addr;
@@ -67,9 +68,18 @@ pub(super) struct Port {
     /// Its backends, and whether it says that they run here.
     pub backends: Box<[Listed]>,
     pub frontends: Box<[PlannedFrontend]>,
+    /// Who may dial the restricted ones.
+    pub sources: Box<[IpNet]>,
     pub created: Option<NonZeroU64>,
     /// Read from the tables, not planned yet.
     pub is_held: bool,
+}
+
+/// A service id that is no longer used, and what the tables have under it.
+#[derive(Debug)]
+pub(super) struct Retired {
+    pub id: ServiceId,
+    pub sources: Box<[IpNet]>,
 }
 
 /// What a service port is going to have.
@@ -84,7 +94,7 @@ struct Reserved {
 #[derive(Default, Debug)]
 pub(super) struct Orphans {
     /// Service ids without a name, or with a name that another id has; and their slots.
-    pub services: Vec<(ServiceId, Stretch)>,
+    pub services: Vec<(Retired, Stretch)>,
     /// Backends of which another id has the same address.
     pub backends: Vec<BackendId>,
     /// Backends in no slot, which count as used once.
@@ -274,6 +284,7 @@ impl State {
             record: Some(record(&layout, stretch, plan.affinity)),
             backends,
             frontends: plan.frontends.iter().copied().collect(),
+            sources: plan.sources.iter().copied().collect(),
             created,
             is_held: false,
         };
@@ -282,7 +293,8 @@ impl State {
             name: name.clone(),
             is_new: old.is_none(),
             has_new_slots: old_stretch != stretch,
-            old_record: old.and_then(|old| old.record),
+            old_record: old.as_ref().and_then(|old| old.record),
+            old_sources: old.map(|old| old.sources).unwrap_or_default(),
             leaving,
         });
         self.ports.insert(name, port);
@@ -297,6 +309,7 @@ impl State {
         let listed = |planned: &PlannedBackend| Some(Listed::new(self.backends.find(&planned.at)?, planned.is_local));
         port.record == Some(record(layout, port.stretch, plan.affinity))
             && *port.frontends == *plan.frontends
+            && *port.sources == *plan.sources
             && port.backends.iter().map(|listed| Some(*listed)).eq(plan.backends.iter().map(listed))
             && self.are_slots(port, &layout.slots)
     }
@@ -390,16 +403,17 @@ impl State {
         }
         self.slots.rest(port.stretch, self.epoch);
         self.service_ids.rest(port.id.0, self.epoch);
-        work.retired_services.push((Some(name.service().clone()), port.id));
+        let id = Retired { id: port.id, sources: port.sources };
+        work.retired_services.push((Some(name.service().clone()), id));
     }
 
     /// Lets go of what nobody accounts for.
     fn drop_orphans(&mut self, work: &mut Work) {
         let orphans = std::mem::take(&mut self.orphans);
-        for (id, stretch) in orphans.services {
+        for (retired, stretch) in orphans.services {
             self.slots.rest(stretch, self.epoch);
-            self.service_ids.rest(id.0, self.epoch);
-            work.retired_services.push((None, id));
+            self.service_ids.rest(retired.id.0, self.epoch);
+            work.retired_services.push((None, retired));
         }
         // A service that found no room stays as it was, with what its slots name.
         let is_named = |id: &BackendId| self.ports.values().any(|port| port.slots.contains(id));

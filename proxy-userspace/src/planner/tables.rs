@@ -2,8 +2,9 @@
 //!
 //! The same type is what is read back from the kernel at start, the fake of tests, and what people are shown.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use ipnet::IpNet;
 use proxy_common::abi::address::{AddressClass, PortWord};
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::frontend::FrontendValue;
@@ -29,6 +30,8 @@ pub struct Tables {
     pub backends: BTreeMap<BackendId, BackendRecord>,
     /// `frontends`.
     pub frontends: BTreeMap<FrontendAddr, FrontendValue>,
+    /// `source_ranges`.
+    pub sources: BTreeMap<ServiceId, BTreeSet<IpNet>>,
     /// `addresses`.
     pub addresses: BTreeMap<Addr, AddressClass>,
     /// `ports`.
@@ -46,6 +49,10 @@ impl Tables {
             Op::PutBackend { id, record } => {
                 self.backends.insert(*id, *record);
             }
+            Op::AllowSource { id, net } => {
+                self.sources.entry(*id).or_default().insert(*net);
+            }
+            Op::ForbidSource { id, net } => self.forbid_source(*id, net),
             Op::WriteSlots { base, slots } => self.slots.extend((*base..).zip(slots.iter().copied())),
             Op::PublishService { id, record } => {
                 self.services.insert(*id, *record);
@@ -71,6 +78,14 @@ impl Tables {
                 self.services.remove(id);
                 self.names.remove(id);
             }
+        }
+    }
+
+    fn forbid_source(&mut self, id: ServiceId, net: &IpNet) {
+        let Some(known) = self.sources.get_mut(&id) else { return };
+        known.remove(net);
+        if known.is_empty() {
+            self.sources.remove(&id);
         }
     }
 

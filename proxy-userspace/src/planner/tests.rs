@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 use proxy_common::abi::address::{AddressClass, PortUse, port_index};
 use proxy_common::abi::frontend::FrontendValue;
@@ -134,8 +135,19 @@ fn service(genes: u64) -> Service {
         internal_policy: local(genes.below(3) == 0),
         external_policy: local(genes.below(2) == 0),
         affinity: NonZeroU32::new(genes.below(2) as u32 * 60),
-        restricted: ByFamily::default(),
+        source_ranges: ByFamily { v4: source_ranges(genes.below(5)), v6: None },
     }
+}
+
+/// The node's address is in the first of them.
+fn source_ranges(gene: u64) -> Option<Box<[IpNet]>> {
+    let nets: &[&str] = match gene {
+        0 => &["10.1.0.0/24"],
+        1 => &["10.1.0.0/24", "198.51.100.0/24"],
+        2 => &[],
+        _ => return None,
+    };
+    Some(nets.iter().map(|net| net.parse().expect("a prefix")).collect())
 }
 
 fn endpoint(genes: u16) -> Endpoint {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use proxy_common::abi::address::{AddressClass, PORT_WORDS, PortUse, port_index};
 use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::Cidr;
@@ -41,6 +42,8 @@ fn frontend_names(at: &FrontendAddr, flags: u32) -> String {
         (FrontendValue::INSIDE_LOCAL, "inside-local"),
         (FrontendValue::OUTSIDE_LOCAL, "outside-local"),
         (FrontendValue::PACKETS_ONLY, "packets-only"),
+        (FrontendValue::RESTRICTED, "restricted"),
+        (FrontendValue::CLOSED_TO_NODE, "closed-to-node"),
     ];
     let kind = if at.is_node_port() { "node-port " } else { "" };
     format!("{kind}{}", flag_names(flags, &names)).trim_end().to_owned()
@@ -87,6 +90,10 @@ impl Tables {
         for (name, id) in names {
             writeln!(f, "service {name}")?;
             self.write_sets(f, id)?;
+            if let Some(nets) = self.sources.get(&id) {
+                let nets: Vec<_> = nets.iter().map(IpNet::to_string).collect();
+                writeln!(f, "  sources  {}", nets.join(", "))?;
+            }
             for (at, value) in frontends.remove(&id).unwrap_or_default() {
                 let text = format!("  frontend {:<24} {}", socket(&at.addr, at.port), frontend_names(at, value.flags));
                 writeln!(f, "{}", text.trim_end())?;
@@ -222,6 +229,8 @@ impl fmt::Display for Op {
             Self::PutCidrs(cidrs) => write!(f, "put cidrs {cidrs}"),
             Self::PutName { id, name } => write!(f, "put name {id} {name}"),
             Self::PutBackend { id, record } => write!(f, "put backend {id} {}{}", address_of(record), locality(record)),
+            Self::AllowSource { id, net } => write!(f, "let {net} dial service {id}"),
+            Self::ForbidSource { id, net } => write!(f, "let {net} dial service {id} no more"),
             Self::WriteSlots { base, slots } => {
                 let backends: Vec<_> = slots.iter().map(|slot| slot.backend.to_string()).collect();
                 let owner = slots.first().map_or(0, |slot| slot.owner);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use proxy_common::abi::address::{AddressClass, port_index};
 use proxy_common::abi::config::{Cidr, MAX_CIDRS};
 use proxy_common::abi::frontend::FrontendValue;
@@ -11,11 +12,11 @@ use proxy_common::addr::Addr;
 
 use super::backends::{Backends, Programmed};
 use super::claims::Remark;
-use super::ids::{BackendId, Epoch, ServiceId};
+use super::ids::{BackendId, Epoch};
 use super::key::{BackendAddr, FrontendAddr, PortName};
 use super::node::NodeView;
 use super::plan::{Cidrs, Group, Op, Plan, Subject};
-use super::state::{Port, State};
+use super::state::{Port, Retired, State};
 use super::usage::Ports;
 use crate::model::ServiceKey;
 
@@ -29,7 +30,7 @@ pub(super) struct Work {
     /// Backends that lost a user.
     pub left: Vec<BackendId>,
     /// Service ids that are no longer used, and for whom they were.
-    pub retired_services: Vec<(Option<ServiceKey>, ServiceId)>,
+    pub retired_services: Vec<(Option<ServiceKey>, Retired)>,
     /// Backend ids that are no longer used.
     pub retired_backends: Vec<BackendId>,
     /// Frontends whose claims changed, and a service whose claim it was.
@@ -59,6 +60,8 @@ pub(super) struct Touched {
     pub has_new_slots: bool,
     /// The record before, if it is known.
     pub old_record: Option<ServiceRecord>,
+    /// The source ranges before.
+    pub old_sources: Box<[IpNet]>,
     /// Members of the old local set behind its new slots.
     pub leaving: Vec<BackendId>,
 }
@@ -69,7 +72,7 @@ struct ServiceWork {
     ports: Vec<Touched>,
     points: Vec<(FrontendAddr, FrontendValue)>,
     withdrawals: Vec<FrontendAddr>,
-    retired: Vec<ServiceId>,
+    retired: Vec<Retired>,
 }
 
 /// What belongs to no single service, and comes last.
@@ -100,10 +103,14 @@ impl Work {
                 None => leftovers.now.push(Op::DeleteFrontend { at }),
             }
         }
-        for (service, id) in std::mem::take(&mut self.retired_services) {
+        for (service, retired) in std::mem::take(&mut self.retired_services) {
             match service {
-                Some(service) => services.entry(service).or_default().retired.push(id),
-                None => leftovers.after_grace.push(Op::RetireService { id }),
+                Some(service) => services.entry(service).or_default().retired.push(retired),
+                None => {
+                    let Retired { id, sources } = retired;
+                    leftovers.now.extend(sources.into_iter().map(|net| Op::ForbidSource { id, net }));
+                    leftovers.after_grace.push(Op::RetireService { id });
+                }
             }
         }
         services
@@ -237,7 +244,11 @@ impl State {
         now.extend(addresses.into_iter().filter_map(|addr| self.addresses.reveal(addr)));
         now.extend(words.into_iter().filter_map(|word| self.port_uses.reveal(word)));
         now.extend(service.withdrawals.into_iter().map(|at| Op::DeleteFrontend { at }));
-        (now, service.retired.into_iter().map(|id| Op::RetireService { id }).collect())
+        let retire = |Retired { id, sources }: Retired| {
+            let forbid = sources.into_iter().map(move |net| Op::ForbidSource { id, net });
+            forbid.chain([Op::RetireService { id }])
+        };
+        (now, service.retired.into_iter().flat_map(retire).collect())
     }
 
     /// Name, backends, slots and record of a port.
@@ -265,6 +276,11 @@ impl State {
         if touched.has_new_slots && port.stretch.count > 0 {
             now.push(write_slots(port, &touched.leaving));
         }
+        let (id, old, new) = (port.id, &touched.old_sources, &port.sources);
+        let added = new.iter().filter(|net| old.binary_search(net).is_err());
+        now.extend(added.map(|net| Op::AllowSource { id, net: *net }));
+        let lost = old.iter().filter(|net| new.binary_search(net).is_err());
+        leftovers.now.extend(lost.map(|net| Op::ForbidSource { id, net: *net }));
         publish(port, touched, now, leftovers);
     }
 

@@ -31,6 +31,7 @@ use proxy_common::abi::flow::{FlowKey, FlowValue};
 use proxy_common::abi::fragment::{FragmentKey, FragmentValue};
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
 use proxy_common::abi::service::{Range, ServiceName, ServiceRecord, Slot};
+use proxy_common::abi::source::SourceRangeKey;
 use proxy_common::addr::Addr;
 use proxy_common::lb::flow::Seconds;
 
@@ -126,7 +127,7 @@ impl Carry {
 }
 
 /// Maps that can be carried over, in the order in which it is done.
-pub const ORDER: [&str; 16] = [
+pub const ORDER: [&str; 17] = [
     "service_counters",
     "drop_counters",
     "affinity",
@@ -139,6 +140,7 @@ pub const ORDER: [&str; 16] = [
     "devices",
     "ports",
     "service_names",
+    "source_ranges",
     "frontends",
     "services",
     "slots",
@@ -197,6 +199,7 @@ fn part(old: OldMap, new: &MapFds) -> Result<Option<Box<dyn Part + Send>>, kerne
         "ports" => array::<PortWord>(old, new),
         "devices" => once::<u32, DeviceRecord>(old, new, |_, _, _| true),
         "service_names" => once::<u32, ServiceName>(old, new, |_, _, _| true),
+        "source_ranges" => once::<SourceRangeKey, u32>(old, new, |_, _, _| true),
         "frontends" => once::<FrontendKey, FrontendValue>(old, new, |_, _, _| true),
         "services" => array::<ServiceRecord>(old, new),
         "slots" => array::<Slot>(old, new),

@@ -1,8 +1,10 @@
 //! Services.
 
+use std::collections::BTreeSet;
 use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use proxy_common::addr::{Addr, Port};
 
 use super::field::{check_part, parse_cidr, parse_port, parse_protocol, parse_unicast};
@@ -32,7 +34,7 @@ pub fn decode_service(object: raw::Service, interner: &mut Interner) -> Result<D
         internal_policy: policy("spec.internalTrafficPolicy", &spec.internal_traffic_policy, &mut context),
         external_policy: external_policy(&spec, &mut context),
         affinity: affinity(&spec, &mut context),
-        restricted: restricted(&spec, &mut context),
+        source_ranges: source_ranges(&spec, &mut context),
     };
     let (namespace, name) = (context.key.namespace.clone(), context.key.name.clone());
     Ok(context.is(Meaning::Object(Object::Service { namespace, name, service: Arc::new(service) })))
@@ -185,23 +187,21 @@ fn affinity_timeout(spec: &raw::ServiceSpec, context: &mut Context<'_>) -> NonZe
     })
 }
 
-/// Families in which allowed sources are listed. A prefix of length zero allows all of its family; one that cannot be read
-/// is taken as a restriction of both.
-fn restricted(spec: &raw::ServiceSpec, context: &mut Context<'_>) -> ByFamily<bool> {
-    let mut listed = ByFamily { v4: false, v6: false };
-    let mut open = ByFamily { v4: false, v6: false };
+/// The prefixes that are listed, by family. One of length zero opens its family to all; where one cannot be read, nobody
+/// gets in by it, in either family.
+fn source_ranges(spec: &raw::ServiceSpec, context: &mut Context<'_>) -> ByFamily<Option<Box<[IpNet]>>> {
+    let mut listed: ByFamily<Option<BTreeSet<IpNet>>> = ByFamily::default();
     for (position, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
         match parse_cidr(text) {
-            Ok(net) => {
-                let family = Family::of(&net.addr().into());
-                *listed.get_mut(family) = true;
-                *open.get_mut(family) |= net.prefix_len() == 0;
-            }
+            Ok(net) => _ = listed.get_mut(Family::of(&net.addr().into())).get_or_insert_default().insert(net),
             Err(message) => {
-                listed = ByFamily { v4: true, v6: true };
+                Family::ALL.into_iter().for_each(|family| _ = listed.get_mut(family).get_or_insert_default());
                 context.left_out(format!("spec.loadBalancerSourceRanges[{position}]"), message);
             }
         }
     }
-    ByFamily { v4: listed.v4 && !open.v4, v6: listed.v6 && !open.v6 }
+    let allowed = |nets: Option<BTreeSet<IpNet>>| {
+        nets.filter(|nets| nets.iter().all(|net| net.prefix_len() != 0)).map(|nets| nets.into_iter().collect())
+    };
+    ByFamily { v4: allowed(listed.v4), v6: allowed(listed.v6) }
 }
