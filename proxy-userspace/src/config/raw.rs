@@ -65,7 +65,7 @@ pub struct AgentFlags {
     /// Which addresses of this node answer NodePorts: primary, all, or prefixes
     ///
     /// `primary` is the node's main address of each family, `all` every one. On loopback they answer this node's own
-    /// processes in any case.
+    /// processes in any case. The health of single services (healthCheckNodePort) is served there too.
     #[arg(
         long,
         value_name = "primary|all|CIDR",

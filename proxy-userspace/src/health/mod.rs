@@ -6,9 +6,13 @@
 //! | `/livez` | the reconciler gets on | only a restart might help |
 //! | `/readyz` | as `/healthz`, and the agent does not end | what is missing, a line each |
 //!
+//! Health of single services is in [`node_port`].
+//!
 //! The first two speak kube-proxy's JSON. Two answers differ from it, deliberately. Before its first sync kube-proxy calls
 //! itself healthy, and load balancers send traffic to a node that has no services yet. And an agent that ends stays healthy
 //! for them: what it programmed works on. May touch: nothing; it looks at what other parts tell.
+
+pub mod node_port;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -121,7 +125,7 @@ impl ProxyHealth {
 
     fn answer(&self) -> Answer {
         let body = serde_json::to_string(self).expect("strings and booleans have a JSON form");
-        Answer { status: status_code(self.healthy), content_type: "application/json", body }
+        Answer::json(status_code(self.healthy), body)
     }
 }
 
@@ -186,6 +190,12 @@ impl Health {
         let kube_proxy = registry.sub_registry_with_prefix("kubeproxy");
         kube_proxy.register("proxy_healthz", "Answers on /healthz by code", self.healthz.clone());
         kube_proxy.register("proxy_livez", "Answers on /livez by code", self.livez.clone());
+    }
+
+    /// What `/healthz` calls healthy: the tables are loaded, and the reconciler gets on.
+    fn is_healthy(&self) -> bool {
+        let view = self.view();
+        view.is_loaded() && view.is_alive(Instant::now())
     }
 
     fn view(&self) -> View {

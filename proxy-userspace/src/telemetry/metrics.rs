@@ -94,7 +94,7 @@ impl Metrics {
         // Tables are read in there.
         let text = tokio::task::spawn_blocking(move || form.encode(&registry)).await;
         match text {
-            Ok(Ok(body)) => Answer { status: StatusCode::OK, content_type: form.content_type(), body },
+            Ok(Ok(body)) => Answer { content_type: form.content_type(), ..Answer::text(StatusCode::OK, body) },
             Ok(Err(_)) | Err(_) => {
                 error!("metrics cannot be written");
                 Answer::text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be written\n")

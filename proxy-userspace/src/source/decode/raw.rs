@@ -52,6 +52,7 @@ pub struct ServiceSpec {
     #[serde(rename = "externalIPs")]
     pub external_ips: Option<Vec<String>>,
     pub external_traffic_policy: Option<String>,
+    pub health_check_node_port: Option<i64>,
     pub internal_traffic_policy: Option<String>,
     pub session_affinity: Option<String>,
     pub session_affinity_config: Option<SessionAffinityConfig>,
