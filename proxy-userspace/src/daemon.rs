@@ -32,7 +32,7 @@ use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
 use crate::datapath::{node, other_proxies, predecessor, reserve, restore, sweep, sys};
 use crate::drain::{self, Drain};
-use crate::health::{Health, node_port};
+use crate::health::{Health, Watched, node_port};
 use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
 use crate::planner::{HealthChecks, SnatPorts, State};
 use crate::source::contact::Contact;
@@ -176,6 +176,7 @@ async fn build(
     let contacts: BTreeMap<SourceId, Contact> = sources.iter().map(|spec| (spec.id, Contact::default())).collect();
     let watched = contacts.iter().map(|(id, contact)| (*id, contact.watch())).collect();
     let reports = Sources::new(snapshots.clone(), watched);
+    let told = snapshots.clone();
     let (checks_sender, checks) = watch::channel(HealthChecks::default());
     let reconciler = reconcile::Task {
         reconciler: Reconciler::new(maps, state),
@@ -210,7 +211,9 @@ async fn build(
         pins.unmark(LOADED_NOTE)?;
     }
     let was_programmed = pins.marks()?.iter().any(|note| note == LOADED_NOTE);
-    let health = Health::new(status.clone(), attached.clone(), progress, drain.clone(), was_programmed);
+    let watched =
+        Watched { snapshots: told, status: status.clone(), progress, attached: attached.clone(), drain: drain.clone() };
+    let health = Health::new(watched, was_programmed, config.kubernetes.is_some());
     health.register(&mut registry);
     let health = Arc::new(health);
     let node_ports = node_port::Task::new(checks, health.clone());

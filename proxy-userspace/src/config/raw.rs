@@ -146,6 +146,9 @@ pub struct AgentFlags {
 
     /// Where /healthz, /livez and /readyz are served; empty: nowhere
     ///
+    /// /healthz is for load balancers: 503 also before the first full load, and when this node is about to be deleted or
+    /// its cluster does not know it. /livez is for who restarts the agent, /readyz for who rolls it out.
+    ///
     /// An address without a port gets 10256. An address that is in use is tried again every 5 seconds.
     #[arg(long, value_name = "ADDR[:PORT]", default_value = "0.0.0.0:10256", help_heading = "Serving")]
     pub healthz_bind_address: String,

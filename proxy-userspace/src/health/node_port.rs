@@ -295,7 +295,8 @@ mod tests {
 
     use super::*;
     use crate::datapath::progress::Progress;
-    use crate::model::{ByFamily, Name, SourceId};
+    use crate::health::Watched;
+    use crate::model::{ByFamily, Name, NodeFacts, Snapshot, SourceId};
 
     fn service() -> ServiceKey {
         ServiceKey { source: SourceId::Kubernetes, namespace: Name::from("shop"), name: Name::from("web") }
@@ -356,8 +357,11 @@ mod tests {
         let (_status, status) = watch::channel(Arc::default());
         let (_attached, attached) = watch::channel(true);
         let (_progress, progress) = watch::channel(Progress::default());
+        let facts = Arc::new(NodeFacts::named(Name::from("n")));
+        let (_snapshots, snapshots) = watch::channel(Arc::new(Snapshot::empty(facts, [])));
         let (trigger, drain) = drain::channel();
-        let health = Health::new(status, attached, progress, drain.clone(), true);
+        let watched = Watched { snapshots, status, progress, attached, drain: drain.clone() };
+        let health = Health::new(watched, true, false);
         let task = tokio::spawn(Task::new(receiver, Arc::new(health)).run(drain));
         assert!(ask(free).await.contains("X-Load-Balancing-Endpoint-Weight: 1\r\n"));
         sender.send_replace(checks(&[(free.port(), 2)], &["127.0.0.1"]));

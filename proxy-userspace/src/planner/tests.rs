@@ -184,6 +184,7 @@ fn node(genes: u8) -> Node {
         zone: [None, Some("zone-a"), Some("zone-b")][genes.below(3) as usize].map(Name::from),
         pod_cidrs: if genes.flag() { Box::new(["10.244.0.0/24".parse().unwrap()]) } else { Box::default() },
         addresses: ByFamily { v4: genes.flag().then(|| v4(1, 0)), v6: None },
+        is_leaving: genes.flag(),
     }
 }
 

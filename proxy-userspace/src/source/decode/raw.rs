@@ -13,6 +13,7 @@ pub struct Metadata {
     pub namespace: Option<String>,
     pub labels: Option<BTreeMap<String, Option<String>>>,
     pub creation_timestamp: Option<String>,
+    pub deletion_timestamp: Option<String>,
     pub annotations: Option<Annotations>,
 }
 
@@ -184,6 +185,13 @@ pub struct NodeSpec {
     pub pod_cidr: Option<String>,
     #[serde(rename = "podCIDRs")]
     pub pod_cidrs: Option<Vec<String>>,
+    pub taints: Option<Vec<Taint>>,
+}
+
+#[derive(Deserialize, Debug, Default)]
+#[serde(default)]
+pub struct Taint {
+    pub key: Option<String>,
 }
 
 #[derive(Deserialize, Debug, Default)]
