@@ -39,6 +39,7 @@ use crate::source::contact::Contact;
 use crate::source::kubernetes::{self, Kubernetes};
 use crate::source::manifests::{self, Manifests};
 use crate::telemetry::http::{Handler, Server};
+use crate::telemetry::kube_proxy::Pages;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::source::Sources;
 use crate::telemetry::{admin, process, status};
@@ -221,7 +222,7 @@ async fn build(
     let ids = sources.iter().map(|spec| spec.id);
     status::register(&mut registry, ids, status.clone(), reports.clone(), unserved.clone());
     listeners.serve("health", config.healthz, health);
-    listeners.serve("metrics", config.metrics, Arc::new(Metrics::new(registry)));
+    listeners.serve("metrics", config.metrics, Arc::new(Pages::new(Metrics::new(registry), config)));
     listeners.spawn("health-check NodePorts", |closed| node_ports.run(closed));
     // The parsed object and what was read back are gone by now.
     sys::trim_heap();

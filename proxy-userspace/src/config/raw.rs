@@ -155,6 +155,9 @@ pub struct AgentFlags {
 
     /// Where /metrics is served, as Prometheus reads it; empty: nowhere
     ///
+    /// With what tools ask kube-proxy for there: /proxyMode (`nftables`, whose behaviour services have here), /configz (the
+    /// effective configuration as a KubeProxyConfiguration) and /healthz.
+    ///
     /// An address without a port gets 10249. An address that is in use is tried again every 5 seconds.
     #[arg(long, value_name = "ADDR[:PORT]", default_value = "127.0.0.1:10249", help_heading = "Serving")]
     pub metrics_bind_address: String,
