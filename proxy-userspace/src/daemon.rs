@@ -32,13 +32,14 @@ use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
 use crate::datapath::{node, other_proxies, predecessor, reserve, restore, sweep, sys};
 use crate::drain::{self, Drain};
-use crate::health::Health;
+use crate::health::{Health, Watched, node_port};
 use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
-use crate::planner::{SnatPorts, State};
+use crate::planner::{HealthChecks, SnatPorts, State};
 use crate::source::contact::Contact;
 use crate::source::kubernetes::{self, Kubernetes};
 use crate::source::manifests::{self, Manifests};
 use crate::telemetry::http::{Handler, Server};
+use crate::telemetry::kube_proxy::Pages;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::source::Sources;
 use crate::telemetry::{admin, process, status};
@@ -119,12 +120,16 @@ struct Listeners {
 }
 
 impl Listeners {
-    fn spawn<H: Handler>(&mut self, name: &'static str, address: Option<SocketAddr>, handler: H) {
+    fn serve<H: Handler>(&mut self, name: &'static str, address: Option<SocketAddr>, handler: Arc<H>) {
         let Some(address) = address else { return };
-        let server = Server { name, address, handler: Arc::new(handler) };
-        let closed = self.closed.clone();
+        let server = Server { name, address, handler };
+        self.spawn(name, |closed| server.run(closed));
+    }
+
+    fn spawn<F: Future<Output = ()> + Send + 'static>(&mut self, name: &'static str, part: impl FnOnce(Drain) -> F) {
+        let part = part(self.closed.clone());
         self.parts.spawn(name, async {
-            server.run(closed).await;
+            part.await;
             Ok(())
         });
     }
@@ -172,12 +177,14 @@ async fn build(
     let contacts: BTreeMap<SourceId, Contact> = sources.iter().map(|spec| (spec.id, Contact::default())).collect();
     let watched = contacts.iter().map(|(id, contact)| (*id, contact.watch())).collect();
     let reports = Sources::new(snapshots.clone(), watched);
-    status::register(&mut registry, sources.iter().map(|spec| spec.id), status.clone(), reports.clone());
+    let told = snapshots.clone();
+    let (checks_sender, checks) = watch::channel(HealthChecks::default());
     let reconciler = reconcile::Task {
         reconciler: Reconciler::new(maps, state),
         snapshots,
         unused,
         status: status_sender,
+        health_checks: checks_sender,
         sources: sources.len(),
         pending: Arc::default(),
         reporter,
@@ -205,10 +212,18 @@ async fn build(
         pins.unmark(LOADED_NOTE)?;
     }
     let was_programmed = pins.marks()?.iter().any(|note| note == LOADED_NOTE);
-    let health = Health::new(status.clone(), attached.clone(), progress, drain.clone(), was_programmed);
+    let watched =
+        Watched { snapshots: told, status: status.clone(), progress, attached: attached.clone(), drain: drain.clone() };
+    let health = Health::new(watched, was_programmed, config.kubernetes.is_some());
     health.register(&mut registry);
-    listeners.spawn("health", config.healthz, health);
-    listeners.spawn("metrics", config.metrics, Metrics::new(registry));
+    let health = Arc::new(health);
+    let node_ports = node_port::Task::new(checks, health.clone());
+    let unserved = node_ports.refusals();
+    let ids = sources.iter().map(|spec| spec.id);
+    status::register(&mut registry, ids, status.clone(), reports.clone(), unserved.clone());
+    listeners.serve("health", config.healthz, health);
+    listeners.serve("metrics", config.metrics, Arc::new(Pages::new(Metrics::new(registry), config)));
+    listeners.spawn("health-check NodePorts", |closed| node_ports.run(closed));
     // The parsed object and what was read back are gone by now.
     sys::trim_heap();
 
@@ -246,7 +261,7 @@ async fn build(
     });
     let its_status = status.clone();
     parts.spawn("predecessor", drained(drain.clone(), async { Ok(predecessor.run(its_status).await?) }));
-    let admin = admin::serve(config.admin_socket.clone(), status.clone(), reports, refused);
+    let admin = admin::serve(config.admin_socket.clone(), status.clone(), reports, unserved, refused);
     parts.spawn("admin socket", drained(drain.clone(), async { match admin.await {} }));
     parts.spawn(
         "readiness",

@@ -15,7 +15,7 @@
 //! | [`config`] | flags, as written and as used |
 //! | [`cli`] | the subcommands of `shunt` |
 //! | [`telemetry`] | logs, metrics, the admin socket |
-//! | [`health`] | what load balancers and kubelets ask |
+//! | [`health`] | what load balancers and kubelets ask, of the node and of single services |
 //! | [`daemon`] | builds the parts of the agent and runs them |
 //! | [`drain`] | the wish that the agent ends |
 //! | [`error`] | errors as text |

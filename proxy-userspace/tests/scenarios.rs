@@ -11,6 +11,7 @@
 //! | `restart` | the agent dies and starts again: it knows the tables, and no source has listed |
 //! | `tables` | what the tables hold after the steps before |
 //! | `plan` | what the last step did |
+//! | `health-checks` | what load balancers are told of services: where, by port, and the count of local endpoints |
 //! | `problems` | what sources and services cannot get, after the steps before |
 //! | `packets` | run elsewhere, on the tables that the steps before lead to |
 //!
@@ -267,10 +268,24 @@ impl World {
         match section.name() {
             "tables" => Some(self.tables.to_string()),
             "plan" => Some(self.plan.to_string()),
+            "health-checks" => Some(self.health_checks()),
             "problems" => Some(self.all_problems()),
             "packets" => None,
             other => panic!("no section is called {other}"),
         }
+    }
+
+    fn health_checks(&self) -> String {
+        let checks = self.state.as_ref().expect("put back after each step").health_checks();
+        let mut text = String::new();
+        for (port, check) in &checks.by_port {
+            writeln!(text, "{} {}", port, check.service).expect("strings take anything");
+            for addr in checks.addresses_of(*port) {
+                let count = check.local_endpoints.get(Family::of(&addr)).expect("a family that is served has a count");
+                writeln!(text, "  {addr:<12} {count}").expect("strings take anything");
+            }
+        }
+        text
     }
 
     fn all_problems(&self) -> String {
@@ -354,7 +369,7 @@ fn scenarios_are_named_by_their_claim_and_expect_something() {
         let path = entry.unwrap().path();
         let scenario = Scenario::parse(&fs::read_to_string(&path).unwrap());
         assert!(scenario.claim.starts_with("# "), "{} does not begin with its claim", path.display());
-        let expects = |section: &Section| ["tables", "plan", "problems"].contains(&section.name());
+        let expects = |section: &Section| ["tables", "plan", "health-checks", "problems"].contains(&section.name());
         assert!(scenario.sections.iter().any(expects), "{} expects nothing", path.display());
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use shunt_tests::control_plane::{Kind, Patch};
 use shunt_tests::place::Place;
+use shunt_tests::topology::Family;
 use shunt_tests::wait::until;
 
 use crate::rig::{Rig, deployment, service};
@@ -144,4 +145,67 @@ fn odd_objects_harm_only_themselves() {
     services.patch("web", &label(Value::Null)).expect("it can be changed");
     rig.wait_backends("web", 1);
     ask_all(&rig, &stored);
+}
+
+/// The cluster autoscaler's way to announce that a node goes, then the end of the node's object.
+#[test]
+fn load_balancers_are_told_of_a_node_that_goes() {
+    let rig = Rig::new();
+    let nodes = rig.api().all(Kind::NODE);
+    let names: Vec<_> = rig.pods.cluster().nodes.iter().map(|node| node.name().to_owned()).collect();
+    let code = |node: usize, path: &str| {
+        let answer = rig.get(node, 10256, path);
+        answer.split(' ').nth(1).expect("a status line").to_owned()
+    };
+    let wait_codes = |healthz: &str| {
+        until(&format!("{healthz} on /healthz"), || code(0, "/healthz") == healthz);
+        assert_eq!(code(0, "/livez"), "200");
+        assert_eq!(code(1, "/healthz"), "200", "the other node stays");
+    };
+    wait_codes("200");
+    let taint = json!({"key": "ToBeDeletedByClusterAutoscaler", "value": "1764034000", "effect": "NoSchedule"});
+    let taints = |taints: Value| Patch::Merge(json!({"spec": {"taints": taints}}));
+    nodes.patch(&names[0], &taints(json!([taint]))).expect("it can be changed");
+    wait_codes("503");
+    nodes.patch(&names[0], &taints(Value::Null)).expect("it can be changed");
+    wait_codes("200");
+    // Something wants to do its work before the object goes.
+    let finalizers = |finalizers: Value| Patch::Merge(json!({"metadata": {"finalizers": finalizers}}));
+    nodes.patch(&names[0], &finalizers(json!(["example.com/hold"]))).expect("it can be changed");
+    nodes.delete(&names[0]).expect("it can be deleted");
+    wait_codes("503");
+    nodes.patch(&names[0], &finalizers(Value::Null)).expect("it can be changed");
+    until("the end of the object", || nodes.get(&names[0]).is_err());
+    wait_codes("503");
+}
+
+/// The API server gives the port; the endpoints are where the pods are.
+#[test]
+fn health_of_a_load_balanced_service_is_told_by_each_node_for_itself() {
+    let rig = Rig::new();
+    let api = rig.api();
+    let mut balanced = service("web");
+    balanced["spec"]["type"] = json!("LoadBalancer");
+    balanced["spec"]["externalTrafficPolicy"] = json!("Local");
+    let stored = api.create(&balanced).expect("the service is accepted");
+    let port = stored["spec"]["healthCheckNodePort"].as_u64().and_then(|port| u16::try_from(port).ok());
+    let port = port.expect("the server gives one");
+    api.create(&deployment("web", 3, "1")).expect("the deployment is accepted");
+    rig.wait_ready("web", 3);
+    let pods = api.namespaced(Kind::POD, "default").list().expect("they can be listed").items;
+    for node in 0..rig.agents.len() {
+        let (addrs, name) = {
+            let cluster = rig.pods.cluster();
+            (cluster.nodes[node].addrs, cluster.nodes[node].name().to_owned())
+        };
+        let count = pods.iter().filter(|pod| pod["spec"]["nodeName"] == name.as_str()).count();
+        let status = if count > 0 { "HTTP/1.1 200 " } else { "HTTP/1.1 503 " };
+        let weight = format!("\r\nX-Load-Balancing-Endpoint-Weight: {count}\r\n");
+        for family in Family::ALL {
+            until(&format!("{weight} of {name}"), || {
+                let answer = rig.try_get_at(addrs.port(family, port), "/healthz").unwrap_or_default();
+                answer.starts_with(status) && answer.contains(&weight)
+            });
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! A control plane, two nodes with agents that follow it, and pods that are namespaces with servers.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -95,13 +95,14 @@ impl Rig {
     #[track_caller]
     pub fn get(&self, node: usize, port: u16, path: &str) -> String {
         let place = self.pods.cluster().nodes[node].place.clone();
-        let ask = || {
-            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-            write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
-            let mut text = String::new();
-            stream.read_to_string(&mut text).map(|_| text)
-        };
-        place.run(ask).unwrap_or_else(|error| panic!("GET {path} on port {port} of node {node}: {error}"))
+        let answer = place.run(|| get(SocketAddr::from(([127, 0, 0, 1], port)), path));
+        answer.unwrap_or_else(|error| panic!("GET {path} on port {port} of node {node}: {error}"))
+    }
+
+    /// The answer to a request from outside, if there is one.
+    pub fn try_get_at(&self, to: SocketAddr, path: &str) -> io::Result<String> {
+        let client = self.pods.cluster().client.place.clone();
+        client.run(|| get(to, path))
     }
 
     /// The samples of a metric of a node's agent, as they are written.
@@ -152,6 +153,13 @@ impl Rig {
         let ready = endpoints.filter(|endpoint| endpoint["conditions"]["ready"] == true);
         ready.filter_map(|endpoint| endpoint["addresses"][0].as_str()?.parse().ok()).collect()
     }
+}
+
+fn get(to: SocketAddr, path: &str) -> io::Result<String> {
+    let mut stream = TcpStream::connect(to)?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).map(|_| text)
 }
 
 /// Where connections begin.

@@ -3,9 +3,9 @@
 use std::net::{SocketAddr, TcpListener};
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use shunt_tests::agent::Agent;
-use shunt_tests::manifests::{Manifests, service};
+use shunt_tests::manifests::{Manifests, node, service, service_cidr};
 use shunt_tests::topology::{Cluster, Family, Plan, SERVICES};
 use shunt_tests::wait;
 
@@ -123,6 +123,39 @@ fn health_is_told_as_kube_proxy_tells_it() {
     assert_eq!(live["healthy"], true);
     assert!(live.get("nodeEligible").is_none(), "{live}");
     assert_eq!(rig.ask("/").status, 404);
+}
+
+/// External load balancers drain a node by /healthz before it goes; nothing restarts an agent for that.
+#[test]
+fn a_node_that_is_about_to_go_is_told_to_load_balancers_alone() {
+    let mut rig = Rig::build();
+    rig.agent.start();
+    let plain = node(&rig.cluster.nodes[0]);
+    let [mut tainted, mut deleted] = [plain.clone(), plain.clone()];
+    tainted["spec"]["taints"] = json!([{ "key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule" }]);
+    deleted["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    let mut other = plain.clone();
+    other["metadata"]["name"] = json!("node-9");
+    for leaving in [&tainted, &deleted, &other] {
+        rig.manifests.write("cluster", std::slice::from_ref(leaving));
+        wait::until(&format!("{leaving} to be told"), || rig.codes() == [503, 200, 200]);
+        let health: Value = serde_json::from_str(&rig.ask("/healthz").body).expect("an object");
+        assert_eq!((&health["nodeEligible"], &health["healthy"]), (&json!(false), &json!(true)), "{health}");
+        assert_eq!(health["lastUpdated"], health["currentTime"]);
+        rig.manifests.write("cluster", std::slice::from_ref(&plain));
+        wait::until("the node to stay", || rig.codes() == [200, 200, 200]);
+    }
+    // Without any node there is nothing that should know this one.
+    rig.manifests.write("cluster", &[other]);
+    wait::until("the node to be unknown", || rig.codes() == [503, 200, 200]);
+    rig.manifests.write("cluster", &[service_cidr()]);
+    wait::until("no node to be known", || rig.codes() == [200, 200, 200]);
+    let samples = Samples::scrape(&rig.cluster.nodes[0]);
+    for (path, code) in [("healthz", 503), ("healthz", 200), ("livez", 200)] {
+        let series = format!(r#"kubeproxy_proxy_{path}_total{{code="{code}"}}"#);
+        assert!(samples.value(&series) >= 1.0, "{series}");
+    }
+    assert_eq!(samples.find(r#"kubeproxy_proxy_livez_total{code="503"}"#), None);
 }
 
 #[test]

@@ -24,9 +24,13 @@ pub struct Request(TcpStream);
 impl Request {
     /// Connects and sends a request but for its end.
     pub fn begin(place: &Place, to: SocketAddr, path: &str) -> io::Result<Self> {
+        Self::begin_with(place, to, "GET", path)
+    }
+
+    fn begin_with(place: &Place, to: SocketAddr, method: &str, path: &str) -> io::Result<Self> {
         let mut stream = place.run(|| TcpStream::connect_timeout(&to, PATIENCE))?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n")?;
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n")?;
         Ok(Self(stream))
     }
 
@@ -46,7 +50,12 @@ pub fn try_get(place: &Place, to: SocketAddr, path: &str) -> io::Result<Reply> {
     Request::begin(place, to, path)?.finish()
 }
 
-/// The same, of a server that is there.
+/// What another method than GET gets.
+pub fn try_ask(place: &Place, to: SocketAddr, method: &str, path: &str) -> io::Result<Reply> {
+    Request::begin_with(place, to, method, path)?.finish()
+}
+
+/// What a GET gets of a server that is there.
 #[track_caller]
 pub fn get(place: &Place, to: SocketAddr, path: &str) -> Reply {
     try_get(place, to, path).unwrap_or_else(|error| panic!("GET {path} of {to} from {}: {error}", place.name()))

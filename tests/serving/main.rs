@@ -12,3 +12,4 @@ mod samples;
 
 mod health;
 mod metrics;
+mod node_port;

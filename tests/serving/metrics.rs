@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::Value;
 use shunt_tests::agent::Agent;
 use shunt_tests::manifests::{Endpoint, Manifests, Service, service};
 use shunt_tests::topology::{Cluster, Family, Plan, SERVICES};
 use shunt_tests::traffic::{Ports, Server};
 use shunt_tests::wait;
 
-use crate::samples::Samples;
+use crate::http::get;
+use crate::samples::{Samples, metrics_address};
 
 const PORT: u16 = 80;
 const TARGET: u16 = 8080;
@@ -232,4 +234,21 @@ fn changes_are_counted_and_timed_from_what_led_to_them() {
     rig.manifests.delete("more");
     wait::until("the deletion", || endpoint_changes(&rig) == (changes + 3.0, 0.0));
     assert_eq!(count(&rig), 1.0);
+}
+
+#[test]
+fn tools_find_what_they_ask_kube_proxy_for() {
+    let rig = Rig::build(|_| vec![]);
+    let node = &rig.cluster.nodes[0];
+    let ask = |path: &str| get(&node.place, metrics_address(), path);
+    assert_eq!(ask("/proxyMode").body, "nftables");
+    assert_eq!(ask("/healthz").body, "ok");
+    let configz = ask("/configz");
+    assert!(configz.head.contains("content-type: application/json"), "{}", configz.head);
+    let configz: Value = serde_json::from_str(&configz.body).expect("an object");
+    let configuration = &configz["kubeproxy.config.k8s.io"];
+    assert_eq!(configuration["hostnameOverride"], node.name());
+    assert_eq!(configuration["clusterCIDR"], shunt_tests::manifests::cluster_cidr());
+    assert_eq!(configuration["metricsBindAddress"], "127.0.0.1:10249");
+    assert_eq!(ask("/").status, 404);
 }

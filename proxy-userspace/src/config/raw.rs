@@ -65,7 +65,7 @@ pub struct AgentFlags {
     /// Which addresses of this node answer NodePorts: primary, all, or prefixes
     ///
     /// `primary` is the node's main address of each family, `all` every one. On loopback they answer this node's own
-    /// processes in any case.
+    /// processes in any case. The health of single services (healthCheckNodePort) is served there too.
     #[arg(
         long,
         value_name = "primary|all|CIDR",
@@ -146,11 +146,17 @@ pub struct AgentFlags {
 
     /// Where /healthz, /livez and /readyz are served; empty: nowhere
     ///
+    /// /healthz is for load balancers: 503 also before the first full load, and when this node is about to be deleted or
+    /// its cluster does not know it. /livez is for who restarts the agent, /readyz for who rolls it out.
+    ///
     /// An address without a port gets 10256. An address that is in use is tried again every 5 seconds.
     #[arg(long, value_name = "ADDR[:PORT]", default_value = "0.0.0.0:10256", help_heading = "Serving")]
     pub healthz_bind_address: String,
 
     /// Where /metrics is served, as Prometheus reads it; empty: nowhere
+    ///
+    /// With what tools ask kube-proxy for there: /proxyMode (`nftables`, whose behaviour services have here), /configz (the
+    /// effective configuration as a KubeProxyConfiguration) and /healthz.
     ///
     /// An address without a port gets 10249. An address that is in use is tried again every 5 seconds.
     #[arg(long, value_name = "ADDR[:PORT]", default_value = "127.0.0.1:10249", help_heading = "Serving")]

@@ -23,7 +23,7 @@ use super::sys;
 use crate::drain::Drain;
 use crate::error::chain;
 use crate::model::{Reader, ServiceKey, Snapshot, SourceId};
-use crate::planner::{Epoch, FrontendAddr, Op, Plan, Problem, ServiceId, Stage, State, Subject};
+use crate::planner::{Epoch, FrontendAddr, HealthChecks, Op, Plan, Problem, ServiceId, Stage, State, Subject};
 
 /// What was done, and what could not be done.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -254,6 +254,11 @@ impl<M: Maps> Reconciler<M> {
         self.backlog.iter().map(failure).collect()
     }
 
+    /// What load balancers are told of services.
+    pub fn health_checks(&self) -> HealthChecks {
+        self.state.as_ref().map(State::health_checks).unwrap_or_default()
+    }
+
     /// The tables.
     pub fn maps(&self) -> &M {
         &self.maps
@@ -286,6 +291,8 @@ pub struct Task<M> {
     pub unused: mpsc::Receiver<Vec<Addr>>,
     /// Where the status goes.
     pub status: watch::Sender<Arc<Status>>,
+    /// Where it goes what load balancers are told of services: never before the tables are so.
+    pub health_checks: watch::Sender<HealthChecks>,
     /// How many sources are configured.
     pub sources: usize,
     /// Sources that had not listed in the snapshot that was planned last.
@@ -365,6 +372,12 @@ impl<M: Maps> Task<M> {
             if is_new {
                 *known = Arc::new(status);
             }
+            is_new
+        });
+        let health_checks = self.reconciler.health_checks();
+        self.health_checks.send_if_modified(|known| {
+            let is_new = !known.is_same(&health_checks);
+            *known = health_checks;
             is_new
         });
     }
@@ -451,6 +464,7 @@ mod tests {
             internal_policy: TrafficPolicy::Cluster,
             external_policy: TrafficPolicy::Cluster,
             affinity: None,
+            health_check: None,
             source_ranges: ByFamily::default(),
         }
     }

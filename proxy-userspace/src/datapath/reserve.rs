@@ -1,4 +1,4 @@
-//! Ports that the kernel shall not give to local sockets: those of rewritten sources, and NodePorts.
+//! Ports that the kernel shall not give to local sockets: those of rewritten sources, NodePorts, and health-check NodePorts.
 //!
 //! What others reserve stays theirs. What is reserved on our behalf is remembered in the pin directory, a note for each
 //! range: a note is made before its ports are reserved, and removed after they are released, so a crash forgets nothing,
@@ -212,7 +212,7 @@ pub fn release(pins: &Pins) -> Result<(), Error> {
     Ok(())
 }
 
-/// NodePorts of services, by how many of their ports ask for each.
+/// NodePorts of services, by how often each is asked for.
 #[derive(Default, Debug)]
 struct NodePorts {
     seen: Option<Arc<Snapshot>>,
@@ -254,8 +254,10 @@ impl NodePorts {
     }
 }
 
+/// Those of its ports, and the one of its health check.
 fn node_ports(service: &Service) -> impl Iterator<Item = u16> {
-    service.ports.iter().filter_map(|port| Some(port.node_port?.0))
+    let ports = service.ports.iter().filter_map(|port| port.node_port);
+    ports.chain(service.health_check).map(|port| port.0)
 }
 
 /// The reservation as a part of the agent.
@@ -377,6 +379,7 @@ mod tests {
                 internal_policy: Default::default(),
                 external_policy: Default::default(),
                 affinity: None,
+                health_check: None,
                 source_ranges: Default::default(),
             };
             snapshot.services.insert(key, Arc::new(service));

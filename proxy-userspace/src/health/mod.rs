@@ -2,13 +2,21 @@
 //!
 //! | path | 200 | else 503 |
 //! |---|---|---|
-//! | `/healthz` | everything that the sources listed was programmed once, by this agent or the one it took over from, and the reconciler gets on | also before the first full load |
+//! | `/healthz` | everything that the sources listed was programmed once, by this agent or the one it took over from, the reconciler gets on, and the node stays | also before the first full load |
 //! | `/livez` | the reconciler gets on | only a restart might help |
-//! | `/readyz` | as `/healthz`, and the agent does not end | what is missing, a line each |
+//! | `/readyz` | everything that the sources listed is programmed, the reconciler gets on, and the agent does not end | what is missing, a line each |
+//!
+//! Health of single services is in [`node_port`].
+//!
+//! A node that is about to be deleted has no more new connections to get: external load balancers are told so by `/healthz`
+//! (KEP-3836), while the agent works on for those it has. The same is said of a node that its cluster does not know, if
+//! there is a cluster to know it: the Kubernetes API is followed, or the manifests list nodes.
 //!
 //! The first two speak kube-proxy's JSON. Two answers differ from it, deliberately. Before its first sync kube-proxy calls
 //! itself healthy, and load balancers send traffic to a node that has no services yet. And an agent that ends stays healthy
 //! for them: what it programmed works on. May touch: nothing; it looks at what other parts tell.
+
+pub mod node_port;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -27,7 +35,7 @@ use tokio::time::Instant;
 use crate::datapath::progress::Progress;
 use crate::datapath::reconcile::Status;
 use crate::drain::Drain;
-use crate::model::{Family, SourceId};
+use crate::model::{Family, Reader, Snapshot, SourceId};
 use crate::telemetry::http::{Answer, Handler, Question};
 
 /// The reconciler does not get on when it is at one piece of work for that long. kube-proxy: twice its sync period of 30 s.
@@ -51,6 +59,8 @@ pub struct View {
     pub is_attached: bool,
     /// The agent ends.
     pub is_draining: bool,
+    /// The node is not known, or about to be deleted.
+    pub is_node_leaving: bool,
     /// What the reconciler is at.
     pub progress: Progress,
 }
@@ -93,7 +103,6 @@ impl View {
 struct ProxyHealth {
     last_updated: String,
     current_time: String,
-    /// Sources do not tell when a node is about to be deleted: it always is.
     #[serde(skip_serializing_if = "Option::is_none")]
     node_eligible: Option<bool>,
     healthy: bool,
@@ -108,7 +117,7 @@ struct FamilyHealth {
 }
 
 impl ProxyHealth {
-    /// Both families are planned and applied together, so they have the same health.
+    /// Both families are planned and applied together, so they have the same health, which says nothing of the node.
     fn new(progress: &Progress, healthy: bool, node_eligible: Option<bool>, wall: SystemTime) -> Self {
         let applied = progress.applied.map_or_else(|| NEVER.to_owned(), time_text);
         let current_time = time_text(wall);
@@ -121,7 +130,7 @@ impl ProxyHealth {
 
     fn answer(&self) -> Answer {
         let body = serde_json::to_string(self).expect("strings and booleans have a JSON form");
-        Answer { status: status_code(self.healthy), content_type: "application/json", body }
+        Answer::json(status_code(self.healthy && self.node_eligible != Some(false)), body)
     }
 }
 
@@ -139,10 +148,22 @@ fn status_code(is_good: bool) -> StatusCode {
 fn answer(path: &str, view: &View, now: Instant, wall: SystemTime) -> Answer {
     let is_alive = view.is_alive(now);
     match path {
-        "/healthz" => ProxyHealth::new(&view.progress, is_alive && view.is_loaded(), Some(true), wall).answer(),
+        "/healthz" => {
+            let healthy = is_alive && view.is_loaded();
+            ProxyHealth::new(&view.progress, healthy, Some(!view.is_node_leaving), wall).answer()
+        }
         "/livez" => ProxyHealth::new(&view.progress, is_alive, None, wall).answer(),
         "/readyz" => ready(&view.missing(now)),
         _ => Answer::not_found(&PATHS),
+    }
+}
+
+/// True if external load balancers should send nobody to this node any more. Where it is not known whether there is a Node
+/// object (a list is not complete, or could not be read), that is no reason.
+fn is_node_leaving(snapshot: &Snapshot, follows_cluster: bool) -> bool {
+    match snapshot.own_node() {
+        Some(node) => node.is_leaving,
+        None => (follows_cluster || !snapshot.nodes.is_empty()) && snapshot.is_settled(),
     }
 }
 
@@ -157,28 +178,36 @@ fn ready(missing: &[String]) -> Answer {
 
 type ByCode = MetricFamily<[(&'static str, u16); 1], Counter>;
 
+/// What other parts tell.
+#[derive(Debug)]
+pub struct Watched {
+    /// What the sources said.
+    pub snapshots: Reader,
+    /// What the reconciler has done,
+    pub status: watch::Receiver<Arc<Status>>,
+    /// and what it is at.
+    pub progress: watch::Receiver<Progress>,
+    /// Whether the programs are attached.
+    pub attached: watch::Receiver<bool>,
+    /// Whether the agent ends.
+    pub drain: Drain,
+}
+
 /// Answers about health.
 #[derive(Debug)]
 pub struct Health {
-    status: watch::Receiver<Arc<Status>>,
-    attached: watch::Receiver<bool>,
-    progress: watch::Receiver<Progress>,
-    drain: Drain,
+    watched: Watched,
     was_programmed: bool,
+    follows_cluster: bool,
     healthz: ByCode,
     livez: ByCode,
 }
 
 impl Health {
-    /// Watches what the reconciler and the attachments tell, and whether the agent ends. `was_programmed`: as in [`View`].
-    pub fn new(
-        status: watch::Receiver<Arc<Status>>,
-        attached: watch::Receiver<bool>,
-        progress: watch::Receiver<Progress>,
-        drain: Drain,
-        was_programmed: bool,
-    ) -> Self {
-        Self { status, attached, progress, drain, was_programmed, healthz: ByCode::default(), livez: ByCode::default() }
+    /// Watches what `watched` tell. `was_programmed`: as in [`View`]; `follows_cluster`: a cluster is to know this node.
+    pub fn new(watched: Watched, was_programmed: bool, follows_cluster: bool) -> Self {
+        let (healthz, livez) = (ByCode::default(), ByCode::default());
+        Self { watched, was_programmed, follows_cluster, healthz, livez }
     }
 
     /// Answers by code, under kube-proxy's names.
@@ -188,15 +217,24 @@ impl Health {
         kube_proxy.register("proxy_livez", "Answers on /livez by code", self.livez.clone());
     }
 
+    /// What `/healthz` calls healthy: the tables are loaded, and the reconciler gets on.
+    fn is_healthy(&self) -> bool {
+        let view = self.view();
+        view.is_loaded() && view.is_alive(Instant::now())
+    }
+
     fn view(&self) -> View {
-        let status = self.status.borrow().clone();
+        let watched = &self.watched;
+        let status = watched.status.borrow().clone();
+        let snapshot = watched.snapshots.borrow().clone();
         View {
             pending: status.pending.clone(),
             is_programmed: status.is_ready,
             was_programmed: self.was_programmed,
-            is_attached: *self.attached.borrow(),
-            is_draining: self.drain.has_begun(),
-            progress: self.progress.borrow().clone(),
+            is_attached: *watched.attached.borrow(),
+            is_draining: watched.drain.has_begun(),
+            is_node_leaving: is_node_leaving(&snapshot, self.follows_cluster),
+            progress: watched.progress.borrow().clone(),
         }
     }
 }
@@ -219,6 +257,7 @@ impl Handler for Health {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Gaps, Kind, Name, Node, NodeFacts, ObjectKey};
 
     const WALL: SystemTime = SystemTime::UNIX_EPOCH;
 
@@ -257,6 +296,42 @@ mod tests {
         let view = View { is_draining: true, ..loaded() };
         assert_eq!(codes(&view, Instant::now()), [200, 200, 503]);
         assert_eq!(answer("/readyz", &view, Instant::now(), WALL).body, "the agent ends\n");
+    }
+
+    #[test]
+    fn a_node_that_goes_is_drained_by_its_load_balancers_while_the_agent_works_on() {
+        let view = View { is_node_leaving: true, ..loaded() };
+        let now = Instant::now();
+        assert_eq!(codes(&view, now), [503, 200, 200]);
+        let body = answer("/healthz", &view, now, WALL).body;
+        assert!(body.contains(r#""nodeEligible":false,"healthy":true"#), "{body}");
+        assert!(body.contains(r#""IPv4":{"lastUpdated":"1970-01-01T00:00:01.5Z","healthy":true}"#), "{body}");
+    }
+
+    #[test]
+    fn a_node_goes_when_its_object_says_so_or_is_missing_where_there_should_be_one() {
+        let empty = |pending: &[SourceId]| {
+            Snapshot::empty(Arc::new(NodeFacts::named(Name::from("node-a"))), pending.iter().copied())
+        };
+        let with = |name: &str, is_leaving| {
+            let mut snapshot = empty(&[]);
+            let node = Arc::new(Node { is_leaving, ..Node::default() });
+            snapshot.nodes.insert((SourceId::Manifests, Name::from(name)), node);
+            snapshot
+        };
+        let leaves =
+            |snapshot: &Snapshot| [false, true].map(|follows_cluster| is_node_leaving(snapshot, follows_cluster));
+        assert_eq!(leaves(&with("node-a", false)), [false, false]);
+        assert_eq!(leaves(&with("node-a", true)), [true, true]);
+        assert_eq!(leaves(&with("node-b", false)), [true, true], "others are known, and this one is not");
+        assert_eq!(leaves(&empty(&[])), [false, true], "without a cluster, nobody has to know it");
+        // As long as it is not known.
+        assert_eq!(leaves(&empty(&[SourceId::Kubernetes])), [false, false]);
+        let mut unread = with("node-b", false);
+        let key = ObjectKey { kind: Kind::Node, namespace: Name::from(""), name: Name::from("node-a") };
+        let gaps = Gaps { kept: [key].into(), ..Gaps::default() };
+        unread.gaps.insert(SourceId::Manifests, Arc::new(gaps));
+        assert_eq!(leaves(&unread), [false, false]);
     }
 
     #[test]

@@ -343,6 +343,7 @@ mod tests {
             internal_policy: Default::default(),
             external_policy: Default::default(),
             affinity: std::num::NonZeroU32::new(seconds),
+            health_check: None,
             source_ranges: Default::default(),
         };
         Object::Service { namespace: Name::from("default"), name: Name::from(name), service: Arc::new(service) }

@@ -15,6 +15,8 @@ pub struct Node {
     pub pod_cidrs: Box<[IpNet]>,
     /// First InternalIP of each family, else the first ExternalIP.
     pub addresses: PrimaryAddresses,
+    /// It is being deleted, or the cluster autoscaler is about to. What is programmed does not depend on it.
+    pub is_leaving: bool,
 }
 
 /// One range of service addresses of the cluster.

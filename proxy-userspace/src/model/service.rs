@@ -210,6 +210,9 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// Seconds for which a client keeps its backend.
     pub affinity: Option<NonZeroU32>,
+    /// Port of the node's own addresses that tells load balancers whether this node has endpoints of the service
+    /// (healthCheckNodePort): for type LoadBalancer with external policy `Local` only.
+    pub health_check: Option<Port>,
     /// Who may dial the load-balancer addresses (loadBalancerSourceRanges): prefixes of the family, each once, in order.
     /// `None`: everybody.
     pub source_ranges: ByFamily<Option<Box<[IpNet]>>>,

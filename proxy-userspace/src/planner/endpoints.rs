@@ -29,6 +29,7 @@ pub(super) fn select(
         PlannedBackend {
             at: *at,
             is_local,
+            is_ready: endpoint.conditions.is_ready(),
             in_cluster: takes(endpoint.conditions, any_ready) && (!any_ready || hints.allow(endpoint, node)),
             in_local: is_local && takes(endpoint.conditions, any_local_ready),
         }

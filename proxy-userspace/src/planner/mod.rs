@@ -6,6 +6,7 @@
 //! | [`node`] | this node as planning needs it: zone, addresses, which of them answer NodePorts, prefixes |
 //! | `endpoints` | endpoint selection: policies, readiness, hints (kube-proxy's rules) |
 //! | [`service`] | [`plan_service`]: one service, its endpoints, this node: what should be programmed |
+//! | [`health_check`] | what load balancers are told of services, by healthCheckNodePort |
 //! | [`ids`] | allocators of ids and slot ranges |
 //! | `backends` | backends by id and by address |
 //! | `claims` | who owns a frontend that several services claim |
@@ -30,6 +31,7 @@
 mod backends;
 mod claims;
 mod endpoints;
+pub mod health_check;
 pub mod ids;
 pub mod key;
 pub mod node;
@@ -46,6 +48,7 @@ mod work;
 #[cfg(test)]
 mod tests;
 
+pub use health_check::{HealthCheck, HealthChecks};
 pub use ids::{BackendId, Epoch, Limits, ServiceId};
 pub use key::{BackendAddr, FrontendAddr, PortName};
 pub use node::NodeView;

@@ -1,6 +1,7 @@
 //! This node as planning needs it: zone, addresses, which of them answer NodePorts, prefixes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use proxy_common::abi::address::AddressClass;
@@ -19,6 +20,9 @@ pub struct NodeView {
     pub zone: Option<Name>,
     /// Addresses bound to its devices that packets can be sent to, and their class: NODE, NODE_PORT for some.
     pub addresses: BTreeMap<Addr, u32>,
+    /// Where a socket listens that is reached as NodePorts are: the wildcard of a family in which every address answers
+    /// them, else those that do; and loopback.
+    pub node_port_sockets: Arc<[Addr]>,
     /// Its main address of each family.
     pub primary: ByFamily<Option<Addr>>,
     /// Prefixes for the configuration.
@@ -43,6 +47,7 @@ impl NodeView {
             name: snapshot.facts.name.clone(),
             zone: own.and_then(|node| node.zone.clone()),
             addresses: address_classes(snapshot),
+            node_port_sockets: node_port_sockets(snapshot),
             primary: ByFamily { v4: primary(snapshot, Family::V4), v6: primary(snapshot, Family::V6) },
             cidrs,
             cidrs_left_out: left_out,
@@ -114,10 +119,39 @@ fn answers_node_ports(snapshot: &Snapshot, addr: &Addr) -> bool {
         NodePortAddresses::All => true,
         NodePortAddresses::Primary => primary(snapshot, family).as_ref() == Some(addr),
         NodePortAddresses::Within(nets) => {
-            let mut same_family = nets.iter().filter(|net| Family::of(&net.addr().into()) == family).peekable();
+            let mut same_family = of_family(nets, family).peekable();
             same_family.peek().is_none() || same_family.any(|net| record(net).contains(addr))
         }
     }
+}
+
+/// True if NodePorts are served on every address of a family, those to come included.
+fn is_unrestricted(node_ports: &NodePortAddresses, family: Family) -> bool {
+    match node_ports {
+        NodePortAddresses::All => true,
+        NodePortAddresses::Primary => false,
+        NodePortAddresses::Within(nets) => {
+            let mut same_family = of_family(nets, family).peekable();
+            same_family.peek().is_none() || same_family.any(|net| net.prefix_len() == 0)
+        }
+    }
+}
+
+fn of_family(nets: &[IpNet], family: Family) -> impl Iterator<Item = &IpNet> {
+    nets.iter().filter(move |net| Family::of(&net.addr().into()) == family)
+}
+
+/// A family without any address has no sockets.
+fn node_port_sockets(snapshot: &Snapshot) -> Arc<[Addr]> {
+    let sockets = |family: Family| {
+        let bound = snapshot.facts.addresses.iter().map(|local| local.addr);
+        let bound = bound.filter(|addr| Family::of(addr) == family && !addr.is_v6_link_local());
+        match is_unrestricted(&snapshot.facts.node_ports, family) {
+            true => bound.map(|addr| addr.wildcard()).collect::<BTreeSet<_>>(),
+            false => bound.filter(|addr| addr.is_loopback() || answers_node_ports(snapshot, addr)).collect(),
+        }
+    };
+    Family::ALL.into_iter().flat_map(sockets).collect()
 }
 
 /// The main address of a family: as configured, else as the Node object says, else as routing sees it.

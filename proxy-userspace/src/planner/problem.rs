@@ -3,7 +3,7 @@
 use proxy_common::addr::Port;
 
 use super::key::{FrontendAddr, NameTooLong, PortName};
-use crate::model::Name;
+use crate::model::{Name, ServiceKey};
 
 /// Something that a service does not get.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +36,24 @@ pub enum Problem {
         /// What both claim.
         frontend: FrontendAddr,
         /// Who has it.
+        winner: PortName,
+    },
+    /// Another service tells its health at this port.
+    #[error("healthCheckNodePort {port} belongs to {winner}; no health is served for this service")]
+    HealthCheckTaken {
+        /// The port.
+        port: Port,
+        /// Who has it.
+        winner: ServiceKey,
+    },
+    /// Health checks do not arrive.
+    #[error(
+        "healthCheckNodePort {port} is a NodePort of {winner}, which gets what is sent there in place of health checks"
+    )]
+    HealthCheckHidden {
+        /// The port.
+        port: Port,
+        /// Whose NodePort it is.
         winner: PortName,
     },
     /// A table is full.

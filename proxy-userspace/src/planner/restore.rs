@@ -15,6 +15,7 @@ use proxy_common::addr::Proto;
 
 use super::backends::{Backend, Backends, Listed, Programmed};
 use super::claims::Claims;
+use super::health_check::Checks;
 use super::ids::{BackendId, Epoch, Ids, Limits, ServiceId, Slots, Stretch};
 use super::key::{BackendAddr, FrontendAddr, PortName};
 use super::service::{FrontendKind, PlannedFrontend};
@@ -61,6 +62,7 @@ impl State {
             },
             refused: BTreeSet::new(),
             has_room: false,
+            checks: Checks::default(),
             problems: BTreeMap::new(),
             remarks: BTreeSet::new(),
         };

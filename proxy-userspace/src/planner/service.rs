@@ -9,6 +9,7 @@ use proxy_common::abi::service::Range;
 use proxy_common::addr::{Addr, Port, Proto};
 
 use super::endpoints;
+use super::health_check::PlannedCheck;
 use super::key::{BackendAddr, FrontendAddr};
 use super::node::NodeView;
 use super::problem::Problem;
@@ -19,6 +20,8 @@ use crate::model::{Endpoints, Family, Name, Service, ServicePort, TrafficPolicy}
 pub struct ServicePlan {
     /// Its ports, each once per family.
     pub ports: Vec<PortPlan>,
+    /// What it tells load balancers of this node.
+    pub health_check: Option<PlannedCheck>,
     /// What it asks for that cannot be done.
     pub problems: Vec<Problem>,
 }
@@ -49,6 +52,8 @@ pub struct PlannedBackend {
     pub at: BackendAddr,
     /// It runs on this node.
     pub is_local: bool,
+    /// It is ready.
+    pub is_ready: bool,
     /// It gets new connections of those who get the cluster set.
     pub in_cluster: bool,
     /// It gets new connections of those who get the local set.
@@ -105,6 +110,7 @@ pub fn plan_service(service: &Service, endpoints: &Endpoints, node: &NodeView) -
             plan.ports.push(plan_port(service, endpoints, node, (port, proto), (*family, *cluster_ip)));
         }
     }
+    plan.health_check = service.health_check.map(|port| PlannedCheck::new(port, service, &plan.ports));
     plan
 }
 

@@ -14,6 +14,7 @@ use proxy_common::addr::Addr;
 
 use super::backends::{Backend, Backends, Listed, Programmed};
 use super::claims::{Claim, Claims, Remark};
+use super::health_check::{Checks, HealthChecks};
 use super::ids::{BackendId, Epoch, Ids, Limits, ServiceId, Slots, Stretch};
 use super::key::{BackendAddr, FrontendAddr, PortName};
 use super::node::NodeView;
@@ -49,6 +50,8 @@ pub struct State {
     pub(super) refused: BTreeSet<ServiceKey>,
     /// Room was freed since they were refused.
     pub(super) has_room: bool,
+    /// What load balancers are told of services.
+    pub(super) checks: Checks,
     /// What each service's own plan says it does not get.
     pub(super) problems: BTreeMap<ServiceKey, Vec<Problem>>,
     /// Frontends about which a service is told something.
@@ -148,16 +151,23 @@ impl State {
         self.planned.as_ref().map(|(_, node)| node)
     }
 
+    /// What load balancers are told of services, and where.
+    pub fn health_checks(&self) -> HealthChecks {
+        let addresses = self.node().map(|node| node.node_port_sockets.clone()).unwrap_or_default();
+        HealthChecks { by_port: self.checks.served().clone(), addresses }
+    }
+
     /// Everything that services do not get, by service.
     pub fn problems(&self) -> BTreeMap<ServiceKey, Vec<Problem>> {
         let told = self.remarks.iter().map(|(service, ..)| service);
-        let services: BTreeSet<_> = self.problems.keys().chain(told).collect();
-        services.into_iter().map(|service| (service.clone(), self.problems_of(service))).collect()
+        let services: BTreeSet<_> = self.problems.keys().chain(told).chain(self.checks.services()).collect();
+        let all = services.into_iter().map(|service| (service.clone(), self.problems_of(service)));
+        all.filter(|(_, problems)| !problems.is_empty()).collect()
     }
 
     pub(super) fn problems_of(&self, service: &ServiceKey) -> Vec<Problem> {
         let own = self.problems.get(service).into_iter().flatten().cloned();
-        own.chain(self.remarks_to(service)).collect()
+        own.chain(self.remarks_to(service)).chain(self.checks.problem(service, &self.claims)).collect()
     }
 
     fn remarks_to<'a>(&'a self, service: &'a ServiceKey) -> impl Iterator<Item = Problem> + 'a {
@@ -215,7 +225,7 @@ impl State {
         let none = Arc::<Endpoints>::default();
         let service = next.services.get(&key);
         let endpoints = next.endpoints.get(&key).unwrap_or(&none);
-        let ServicePlan { ports, mut problems } =
+        let ServicePlan { ports, health_check, mut problems } =
             service.map(|service| plan_service(service, endpoints, node)).unwrap_or_default();
         let created = service.and_then(|service| service.created);
         let mut wanted = BTreeSet::new();
@@ -237,6 +247,7 @@ impl State {
         for name in self.ports_of(&key).filter(|name| !wanted.contains(*name)).cloned().collect::<Vec<_>>() {
             self.withdraw_port(&name, work);
         }
+        work.told.extend(self.checks.put(&key, created, health_check));
         self.set_problems(key, problems, work);
     }
 

@@ -135,6 +135,7 @@ fn service(genes: u64) -> Service {
         internal_policy: local(genes.below(3) == 0),
         external_policy: local(genes.below(2) == 0),
         affinity: NonZeroU32::new(genes.below(2) as u32 * 60),
+        health_check: (genes.below(3) == 0).then(|| Port(30002 + genes.below(2) as u16)),
         source_ranges: ByFamily { v4: source_ranges(genes.below(5)), v6: None },
     }
 }
@@ -195,6 +196,7 @@ fn node(genes: u8) -> Node {
         zone: [None, Some("zone-a"), Some("zone-b")][genes.below(3) as usize].map(Name::from),
         pod_cidrs: if genes.flag() { Box::new(["10.244.0.0/24".parse().unwrap()]) } else { Box::default() },
         addresses: ByFamily { v4: genes.flag().then(|| v4(1, 0)), v6: None },
+        is_leaving: genes.flag(),
     }
 }
 
@@ -248,6 +250,8 @@ struct World {
     waiting: Vec<(Epoch, Vec<Op>, Tables)>,
     /// How many operations of the next plan are done before the agent dies.
     crash: Option<u8>,
+    /// Problems as the plans told them.
+    told: BTreeMap<ServiceKey, Vec<Problem>>,
 }
 
 /// Whom a client gets by a frontend, for clients inside and outside.
@@ -333,7 +337,15 @@ impl World {
         }
         assert!(content.snapshot().pending.is_empty());
         let state = Some(State::empty(limits, snat()));
-        Self { content, limits, state, tables: Tables::default(), waiting: Vec::new(), crash: None }
+        Self {
+            content,
+            limits,
+            state,
+            tables: Tables::default(),
+            waiting: Vec::new(),
+            crash: None,
+            told: BTreeMap::new(),
+        }
     }
 
     fn step(&mut self, step: &Step) {
@@ -377,6 +389,7 @@ impl World {
             check_continuity(&self.tables, &between, &after);
         }
         self.check_stages(&plan, &after);
+        self.told.extend(plan.problems.iter().cloned());
         let before = std::mem::replace(&mut self.tables, after);
         let later = plan.groups.into_iter().flat_map(|group| group.after_grace).collect();
         self.waiting.push((plan.epoch, later, before));
@@ -403,6 +416,7 @@ impl World {
     /// A new agent with what the kernel has: first without knowing any object, then with all of them.
     fn restart(&mut self) {
         self.waiting.clear();
+        self.told.clear();
         self.state = Some(State::restore(self.limits, snat(), &self.tables));
         let unlisted =
             Arc::new(Snapshot::empty(self.content.snapshot().facts.clone(), SOURCES.iter().map(|spec| spec.id)));
@@ -438,6 +452,10 @@ impl World {
         assert_eq!(settled.to_string(), fresh.to_string(), "left: by steps, right: rebuilt");
         let state = self.state.as_ref().unwrap();
         assert_eq!(state.problems(), rebuilt.problems());
+        self.told.retain(|_, problems| !problems.is_empty());
+        assert_eq!(self.told, state.problems(), "left: as told, right: as they are");
+        assert_eq!(state.health_checks().by_port, rebuilt.health_checks().by_port);
+        assert_eq!(state.health_checks().addresses, rebuilt.health_checks().addresses);
         assert_eq!((settled.names.len(), settled.backends.len()), (fresh.names.len(), fresh.backends.len()));
     }
 
@@ -598,6 +616,7 @@ fn what_a_source_could_not_read_stays_as_the_tables_have_it_and_all_else_goes_on
     let facts = world.content.snapshot().facts.clone();
     world.content = Content::new(facts, &SOURCES);
     world.state = Some(State::restore(LIMITS, snat(), &world.tables));
+    world.told.clear();
     let tell = |world: &mut World, source, events| _ = world.content.apply(Update { source, events });
     tell(&mut world, SourceId::Kubernetes, vec![Event::Init(Kind::Service), Event::Unread(true)]);
     for name in 0..2 {

@@ -8,7 +8,7 @@ use proxy_common::abi::address::{AddressClass, port_index};
 use proxy_common::abi::config::{Cidr, MAX_CIDRS};
 use proxy_common::abi::frontend::FrontendValue;
 use proxy_common::abi::service::{Range, ServiceRecord, Slot};
-use proxy_common::addr::Addr;
+use proxy_common::addr::{Addr, Proto};
 
 use super::backends::{Backends, Programmed};
 use super::claims::Remark;
@@ -187,6 +187,9 @@ impl State {
     /// Compares the winner of a frontend with the table.
     fn settle_frontend(&mut self, at: FrontendAddr, toucher: Option<ServiceKey>, work: &mut Work) {
         work.remarked.insert(at);
+        if at.is_node_port() && at.proto == Proto::TCP {
+            work.told.extend(self.checks.claimants(at.port).cloned());
+        }
         let entry = self.claims.entry(at);
         let known = entry.programmed;
         let winner = entry.winner().map(|claim| (claim.owner.service().clone(), claim.value));

@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 use super::source::{SourceReport, Sources};
 use crate::datapath::attach::XdpRefusal;
 use crate::datapath::reconcile::Status;
+use crate::health::node_port::Refusals;
 use crate::planner::Subject;
 
 /// Why the agent cannot be asked.
@@ -72,7 +73,7 @@ pub struct Trouble {
 type XdpRefusals = BTreeMap<u32, XdpRefusal>;
 
 impl Report {
-    fn new(status: &Status, sources: Vec<SourceReport>, xdp_refused: &XdpRefusals) -> Self {
+    fn new(status: &Status, sources: Vec<SourceReport>, health_checks: &Refusals, xdp_refused: &XdpRefusals) -> Self {
         let refused = status.failures.iter().map(|failure| Trouble {
             subject: subject_text(&failure.subject),
             message: format!("{} (tried {} times, {} changes wait)", failure.error, failure.attempts, failure.waiting),
@@ -80,12 +81,15 @@ impl Report {
         let problems = status.problems.iter().flat_map(|(service, problems)| {
             problems.iter().map(|problem| Trouble { subject: service.to_string(), message: problem.to_string() })
         });
+        let unserved = health_checks
+            .values()
+            .map(|refusal| Trouble { subject: refusal.service.to_string(), message: refusal.to_string() });
         Self {
             ready: status.is_ready,
             pending_sources: status.pending.iter().map(ToString::to_string).collect(),
             sources,
             refused: refused.collect(),
-            problems: problems.collect(),
+            problems: problems.chain(unserved).collect(),
             xdp_refused: xdp_refused
                 .values()
                 .map(|refusal| Trouble { subject: refusal.device.clone(), message: refusal.reason.clone() })
@@ -108,6 +112,7 @@ pub async fn serve(
     path: PathBuf,
     status: watch::Receiver<Arc<Status>>,
     sources: Sources,
+    health_checks: watch::Receiver<Refusals>,
     xdp_refused: watch::Receiver<XdpRefusals>,
 ) -> Infallible {
     let listener = listen_at_last(&path).await;
@@ -120,7 +125,8 @@ pub async fn serve(
                 continue;
             }
         };
-        let report = Report::new(&status.borrow().clone(), sources.report(SystemTime::now()), &xdp_refused.borrow());
+        let (status, sources) = (status.borrow().clone(), sources.report(SystemTime::now()));
+        let report = Report::new(&status, sources, &health_checks.borrow(), &xdp_refused.borrow());
         let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
         let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
@@ -167,7 +173,8 @@ pub fn ask(path: &Path) -> Result<Report, Error> {
 mod tests {
     use super::*;
     use crate::datapath::reconcile::Failure;
-    use crate::model::{Name, NodeFacts, Snapshot, SourceId};
+    use crate::health::node_port::Refusal;
+    use crate::model::{Name, NodeFacts, ServiceKey, Snapshot, SourceId};
     use crate::source::contact::Contact;
 
     /// Manifests that have not listed yet.
@@ -184,8 +191,9 @@ mod tests {
         std::fs::write(&in_the_way, "").unwrap();
         let path = in_the_way.join("agent.sock");
         let (_sender, status) = watch::channel(Arc::new(Status::default()));
+        let (_checks, health_checks) = watch::channel(Refusals::default());
         let (_refusals, refused) = watch::channel(XdpRefusals::default());
-        let server = tokio::spawn(serve(path.clone(), status, sources(&Contact::default()), refused));
+        let server = tokio::spawn(serve(path.clone(), status, sources(&Contact::default()), health_checks, refused));
         sleep(3 * LISTEN_RETRY).await;
         assert!(!server.is_finished());
         std::fs::remove_file(&in_the_way).unwrap();
@@ -204,7 +212,11 @@ mod tests {
         let (_refused, refused) = watch::channel(XdpRefusals::from([(2, refusal)]));
         let contact = Contact::default();
         contact.lost("the folder", "gone".into());
-        let server = tokio::spawn(serve(path.clone(), status, sources(&contact), refused));
+        let service = ServiceKey { source: SourceId::Manifests, namespace: Name::from("a"), name: Name::from("b") };
+        let address = "192.0.2.1:30100".parse().unwrap();
+        let refusal = Refusal { service, address, error: "in use".into() };
+        let (_checks, health_checks) = watch::channel(Refusals::from([(address, refusal)]));
+        let server = tokio::spawn(serve(path.clone(), status, sources(&contact), health_checks, refused));
         let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
         sender.send_replace(Arc::new(Status {
             is_ready: true,
@@ -223,6 +235,9 @@ mod tests {
         assert_eq!((source.name.as_str(), source.listed, source.stale), ("manifests", false, true));
         assert_eq!((source.last_contact_age, source.outages[0].why.as_str()), (None, "gone"));
         assert_eq!(report.refused[0].message, "full (tried 2 times, 3 changes wait)");
+        let unserved =
+            "healthCheckNodePort 30100: cannot listen on 192.0.2.1:30100 (in use); it is tried again".to_owned();
+        assert_eq!(report.problems, [Trouble { subject: "manifests/a/b".into(), message: unserved }]);
         assert_eq!(report.xdp_refused, [Trouble { subject: "eth0".into(), message: "busy".into() }]);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         server.abort();

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -24,7 +24,7 @@ use tracing::{debug, info, warn};
 use crate::drain::Drain;
 
 /// Between two attempts to get the address, as kube-proxy does it.
-const BIND_RETRY: Duration = Duration::from_secs(5);
+pub const BIND_RETRY: Duration = Duration::from_secs(5);
 /// After a connection could not be accepted: file descriptors do not come back at once.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 /// For a request's head, and between two requests.
@@ -38,7 +38,12 @@ const MAX_CONNECTIONS: usize = 64;
 
 /// Who answers.
 pub trait Handler: Send + Sync + 'static {
-    /// What a GET gets.
+    /// True if it answers requests of this method.
+    fn takes(&self, method: &Method) -> bool {
+        matches!(*method, Method::GET | Method::HEAD)
+    }
+
+    /// What such a request gets.
     fn answer(&self, question: Question<'_>) -> impl Future<Output = Answer> + Send;
 }
 
@@ -60,12 +65,19 @@ pub struct Answer {
     pub content_type: &'static str,
     /// Content.
     pub body: String,
+    /// A header beside those that every answer has.
+    pub header: Option<(HeaderName, HeaderValue)>,
 }
 
 impl Answer {
     /// An answer for people.
     pub fn text(status: StatusCode, body: impl Into<String>) -> Self {
-        Self { status, content_type: "text/plain; charset=utf-8", body: body.into() }
+        Self { status, content_type: "text/plain; charset=utf-8", body: body.into(), header: None }
+    }
+
+    /// An answer for programs.
+    pub fn json(status: StatusCode, body: String) -> Self {
+        Self { status, content_type: "application/json", body, header: None }
     }
 
     /// There is nothing at this path; `paths` is what there is.
@@ -93,6 +105,11 @@ impl<H: Handler> Server<H> {
             () = drain.wait() => return,
         };
         info!(listener = self.name, address = %self.address, "listening");
+        self.serve(listener, drain).await;
+    }
+
+    /// The same, with a listener that is there.
+    pub async fn serve(self, listener: TcpListener, mut drain: Drain) {
         let mut connections = JoinSet::new();
         let of_connections = drain.clone();
         tokio::select! {
@@ -138,6 +155,8 @@ async fn serve<H: Handler>(stream: TcpStream, handler: Arc<H>, mut drain: Drain)
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
+        // Names of headers mean the same in any case (RFC 9110, 5.1); scripts look for them as Go writes them.
+        .title_case_headers(true)
         .header_read_timeout(IDLE)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
@@ -159,7 +178,7 @@ fn tell(ended: hyper::Result<()>) {
 }
 
 async fn respond<H: Handler>(handler: &H, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-    let is_known = matches!(*request.method(), Method::GET | Method::HEAD);
+    let is_known = handler.takes(request.method());
     let answer = if is_known {
         let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
         handler.answer(Question { path: request.uri().path(), accept }).await
@@ -171,6 +190,7 @@ async fn respond<H: Handler>(handler: &H, request: &Request<Incoming>) -> Respon
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.content_type));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.extend(answer.header);
     if !is_known {
         headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     }
@@ -226,11 +246,11 @@ mod tests {
         let (_trigger, _task) = server(address);
         let answer = ask(address, "GET /a?b HTTP/1.1\r\nHost: x\r\nAccept: c\r\nConnection: close\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n/a c"), "{answer}");
-        assert!(answer.contains("x-content-type-options: nosniff\r\n"), "{answer}");
+        assert!(answer.contains("X-Content-Type-Options: nosniff\r\n"), "{answer}");
         let answer = ask(address, "HEAD /a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n"), "{answer}");
         let answer = ask(address, "POST /a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
-        assert!(answer.starts_with("HTTP/1.1 405 ") && answer.contains("allow: GET, HEAD\r\n"), "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 405 ") && answer.contains("Allow: GET, HEAD\r\n"), "{answer}");
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! `/metrics`: the registry as text, in the form that a scraper asks for.
+//! Metrics: the registry as text, in the form that a scraper asks for.
 //!
 //! The registry is made once and passed down; each part registers its own metrics. May touch: nothing.
 
@@ -12,7 +12,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::Mutex;
 use tracing::error;
 
-use super::http::{Answer, Handler, Question};
+use super::http::Answer;
 
 /// A text form of metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,26 +88,19 @@ impl Metrics {
         Self { registry: Arc::new(registry), turn: Mutex::default() }
     }
 
-    async fn scrape(&self, form: Form) -> Answer {
+    /// For a client that names its form in the header Accept.
+    pub async fn answer(&self, accept: &str) -> Answer {
+        let form = Form::wanted(accept);
         let _turn = self.turn.lock().await;
         let registry = self.registry.clone();
         // Tables are read in there.
         let text = tokio::task::spawn_blocking(move || form.encode(&registry)).await;
         match text {
-            Ok(Ok(body)) => Answer { status: StatusCode::OK, content_type: form.content_type(), body },
+            Ok(Ok(body)) => Answer { content_type: form.content_type(), ..Answer::text(StatusCode::OK, body) },
             Ok(Err(_)) | Err(_) => {
                 error!("metrics cannot be written");
                 Answer::text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be written\n")
             }
-        }
-    }
-}
-
-impl Handler for Metrics {
-    async fn answer(&self, question: Question<'_>) -> Answer {
-        match question.path {
-            "/metrics" => self.scrape(Form::wanted(question.accept)).await,
-            _ => Answer::not_found(&["/metrics"]),
         }
     }
 }
@@ -132,7 +125,7 @@ mod tests {
     }
 
     async fn ask(accept: &str) -> Answer {
-        Metrics::new(registry()).answer(Question { path: "/metrics", accept }).await
+        Metrics::new(registry()).answer(accept).await
     }
 
     #[tokio::test]
@@ -157,11 +150,5 @@ mod tests {
         assert_eq!(answer.content_type, "application/openmetrics-text; version=1.0.0; charset=utf-8");
         assert!(answer.body.starts_with("# HELP things Things seen.\n# TYPE things counter\nthings_total{"));
         assert!(answer.body.ends_with("# EOF\n"));
-    }
-
-    #[tokio::test]
-    async fn other_paths_are_not_there() {
-        let answer = Metrics::new(registry()).answer(Question { path: "/", accept: "" }).await;
-        assert_eq!(answer.status, StatusCode::NOT_FOUND);
     }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`admin`] | the admin socket |
 //! | [`http`] | small HTTP listeners |
+//! | [`kube_proxy`] | what tools ask on kube-proxy's metrics address |
 //! | [`metrics`] | the registry as text |
 //! | [`process`] | this process as metrics |
 //! | [`source`] | how each source stands |
@@ -11,6 +12,7 @@
 
 pub mod admin;
 pub mod http;
+pub mod kube_proxy;
 pub mod metrics;
 pub mod process;
 pub mod source;

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use super::source::Sources;
 use crate::datapath::reconcile::Status;
+use crate::health::node_port::Refusals;
 use crate::model::SourceId;
 
 #[derive(Debug)]
@@ -22,6 +23,7 @@ struct Reports {
     ids: Box<[SourceId]>,
     status: watch::Receiver<Arc<Status>>,
     sources: Sources,
+    health_checks: watch::Receiver<Refusals>,
 }
 
 /// Makes metrics of status and sources known; `ids` are those that are configured.
@@ -30,21 +32,23 @@ pub fn register(
     ids: impl Iterator<Item = SourceId>,
     status: watch::Receiver<Arc<Status>>,
     sources: Sources,
+    health_checks: watch::Receiver<Refusals>,
 ) {
-    let reports = Reports { ids: ids.collect(), status, sources };
+    let reports = Reports { ids: ids.collect(), status, sources, health_checks };
     registry.sub_registry_with_prefix("shunt").register_collector(Box::new(reports));
 }
 
 impl Collector for Reports {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let status = self.status.borrow().clone();
-        encode_status(&mut encoder, &status)?;
+        encode_status(&mut encoder, &status, self.health_checks.borrow().len())?;
         encode_pending(&mut encoder, &self.ids, &status)?;
         self.sources.encode(&mut encoder)
     }
 }
 
-fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
+/// `unserved`: addresses at which services' health is not served.
+fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status, unserved: usize) -> fmt::Result {
     let metric = encoder.encode_descriptor("plans", "Plans that changed something", None, MetricType::Counter)?;
     ConstCounter::new(status.plans).encode(metric)?;
     let waiting: usize = status.failures.iter().map(|failure| failure.waiting).sum();
@@ -53,7 +57,7 @@ fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::R
         ("ready", "1 if everything that the sources listed is programmed", usize::from(status.is_ready)),
         ("failures_waiting", "Changes that a table refused; they are tried again", waiting),
         ("failed_services", "Services, and this node, with such changes", status.failures.len()),
-        ("problems", "Things that services ask for and do not get", problems),
+        ("problems", "Things that services ask for and do not get", problems + unserved),
     ];
     for (name, help, value) in gauges {
         ConstGauge::new(value as u64).encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
@@ -77,6 +81,7 @@ mod tests {
 
     use super::*;
     use crate::datapath::reconcile::Failure;
+    use crate::health::node_port::Refusal;
     use crate::model::{Name, NodeFacts, ObjectProblem, ServiceKey, Snapshot};
     use crate::planner::{Problem, Subject};
     use crate::source::contact::{Outage, State};
@@ -93,10 +98,18 @@ mod tests {
         let down = State { heard: Some(at(40)), outages: vec![outage] };
         let contacts = [(SourceId::Kubernetes, down), (SourceId::Manifests, State::default())];
         let contacts = contacts.map(|(id, state)| (id, watch::channel(state).1));
-        register(&mut registry, SOURCES.into_iter(), status, Sources::new(snapshots, contacts.into()));
+        let address = "192.0.2.1:30100".parse().unwrap();
+        let refusal = Refusal { service: service(), address, error: "in use".into() };
+        let (_refusals, health_checks) = watch::channel(Refusals::from([(address, refusal)]));
+        let sources = Sources::new(snapshots, contacts.into());
+        register(&mut registry, SOURCES.into_iter(), status, sources, health_checks);
         let mut text = String::new();
         encode_registry(&mut text, &registry).unwrap();
         text
+    }
+
+    fn service() -> ServiceKey {
+        ServiceKey { source: SourceId::Manifests, namespace: Name::from("a"), name: Name::from("b") }
     }
 
     fn snapshot() -> Snapshot {
@@ -124,14 +137,13 @@ mod tests {
 
     #[test]
     fn troubles_are_counted() {
-        let service = ServiceKey { source: SourceId::Manifests, namespace: Name::from("a"), name: Name::from("b") };
         let failure = |waiting| Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting };
         let status = Status {
             plans: 5,
             is_serving: true,
             pending: vec![SourceId::Kubernetes],
             failures: vec![failure(3), failure(4)],
-            problems: [(service, vec![Problem::NoClusterIp, Problem::NoClusterIp])].into(),
+            problems: [(service(), vec![Problem::NoClusterIp, Problem::NoClusterIp])].into(),
             ..Status::default()
         };
         let mut snapshot = snapshot();
@@ -141,7 +153,8 @@ mod tests {
             "shunt_plans_total 5",
             "shunt_failures_waiting 7",
             "shunt_failed_services 2",
-            "shunt_problems 2",
+            // Two of the service, and the port that health is not served at.
+            "shunt_problems 3",
             r#"shunt_source_pending{source="kubernetes"} 1"#,
             r#"shunt_source_pending{source="manifests"} 0"#,
             r#"shunt_source_object_errors{source="kubernetes"} 0"#,

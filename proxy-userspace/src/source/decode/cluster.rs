@@ -11,10 +11,14 @@ use crate::model::{Family, Interner, Kind, Node, Object, PrimaryAddresses, Servi
 /// Where a node stands.
 const ZONE: &str = "topology.kubernetes.io/zone";
 
+/// Taint by which the cluster autoscaler announces that a node goes (KEP-3836).
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
 /// What a Node object means.
 pub fn decode_node(object: raw::Node, interner: &mut Interner) -> Result<Decoded, Error> {
     let mut context = Context::new(Kind::Node, &object.metadata, interner)?;
     let spec = object.spec.unwrap_or_default();
+    let is_leaving = object.metadata.deletion_timestamp.is_some() || is_to_be_deleted(&spec);
     let listed = spec.pod_cidrs.filter(|cidrs| !cidrs.is_empty());
     let pod_cidrs = listed.unwrap_or_else(|| spec.pod_cidr.into_iter().filter(|cidr| !cidr.is_empty()).collect());
     let zone = object.metadata.label(ZONE).filter(|zone| !zone.is_empty()).map(|zone| context.interner.name(zone));
@@ -22,9 +26,15 @@ pub fn decode_node(object: raw::Node, interner: &mut Interner) -> Result<Decoded
         zone,
         pod_cidrs: cidrs("spec.podCIDRs", &pod_cidrs, &mut context),
         addresses: primary_addresses(object.status.and_then(|status| status.addresses).unwrap_or_default()),
+        is_leaving,
     };
     let name = context.key.name.clone();
     Ok(context.is(Meaning::Object(Object::Node { name, node: Arc::new(node) })))
+}
+
+/// True if the cluster autoscaler has said that it will delete the node, whatever value and effect it gave the taint.
+fn is_to_be_deleted(spec: &raw::NodeSpec) -> bool {
+    spec.taints.iter().flatten().any(|taint| taint.key.as_deref() == Some(TO_BE_DELETED))
 }
 
 /// What a ServiceCIDR object means.

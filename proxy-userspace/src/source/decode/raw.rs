@@ -13,6 +13,7 @@ pub struct Metadata {
     pub namespace: Option<String>,
     pub labels: Option<BTreeMap<String, Option<String>>>,
     pub creation_timestamp: Option<String>,
+    pub deletion_timestamp: Option<String>,
     pub annotations: Option<Annotations>,
 }
 
@@ -52,6 +53,7 @@ pub struct ServiceSpec {
     #[serde(rename = "externalIPs")]
     pub external_ips: Option<Vec<String>>,
     pub external_traffic_policy: Option<String>,
+    pub health_check_node_port: Option<i64>,
     pub internal_traffic_policy: Option<String>,
     pub session_affinity: Option<String>,
     pub session_affinity_config: Option<SessionAffinityConfig>,
@@ -183,6 +185,13 @@ pub struct NodeSpec {
     pub pod_cidr: Option<String>,
     #[serde(rename = "podCIDRs")]
     pub pod_cidrs: Option<Vec<String>>,
+    pub taints: Option<Vec<Taint>>,
+}
+
+#[derive(Deserialize, Debug, Default)]
+#[serde(default)]
+pub struct Taint {
+    pub key: Option<String>,
 }
 
 #[derive(Deserialize, Debug, Default)]

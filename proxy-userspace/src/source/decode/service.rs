@@ -34,6 +34,7 @@ pub fn decode_service(object: raw::Service, interner: &mut Interner) -> Result<D
         internal_policy: policy("spec.internalTrafficPolicy", &spec.internal_traffic_policy, &mut context),
         external_policy: external_policy(&spec, &mut context),
         affinity: affinity(&spec, &mut context),
+        health_check: health_check(&spec, &mut context),
         source_ranges: source_ranges(&spec, &mut context),
     };
     let (namespace, name) = (context.key.namespace.clone(), context.key.name.clone());
@@ -162,6 +163,23 @@ fn external_policy(spec: &raw::ServiceSpec, context: &mut Context<'_>) -> Traffi
     match by_type || spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty()) {
         true => policy,
         false => TrafficPolicy::Cluster,
+    }
+}
+
+/// The port for health checks, where the API gives it a meaning. Another service is no worse off for a wrong number.
+fn health_check(spec: &raw::ServiceSpec, context: &mut Context<'_>) -> Option<Port> {
+    const FIELD: &str = "spec.healthCheckNodePort";
+    let is_local = spec.external_traffic_policy.as_deref() == Some("Local");
+    let number = spec.health_check_node_port.filter(|number| *number != 0)?;
+    if spec.r#type.as_deref() != Some("LoadBalancer") || !is_local {
+        return None;
+    }
+    match parse_port(FIELD, number) {
+        Ok(port) => Some(port),
+        Err(error) => {
+            context.left_out(FIELD, error.message + "; no health is served for the service");
+            None
+        }
     }
 }
 

@@ -106,6 +106,29 @@ fn a_node_has_one_primary_address_a_family() {
 }
 
 #[test]
+fn a_node_that_is_about_to_go_says_so_in_one_of_two_ways() {
+    let is_leaving = |metadata: serde_json::Value, spec: serde_json::Value| {
+        let mut node = json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": spec});
+        node["metadata"]["name"] = json!("node-a");
+        let items = decode(node);
+        let [Item::Object(Ok(Decoded { meaning: Meaning::Object(Object::Node { node, .. }), problems, .. }))] =
+            &items[..]
+        else {
+            panic!("{items:?}")
+        };
+        assert!(problems.is_empty(), "{problems:?}");
+        node.is_leaving
+    };
+    let taint =
+        |key: &str| json!({"taints": [{"key": "a", "effect": "NoSchedule"}, {"key": key, "value": "1764034000"}]});
+    assert!(!is_leaving(json!({}), json!({})));
+    assert!(!is_leaving(json!({"deletionTimestamp": null}), json!({"taints": null})));
+    assert!(!is_leaving(json!({}), taint("DeletionCandidateOfClusterAutoscaler")));
+    assert!(is_leaving(json!({}), taint("ToBeDeletedByClusterAutoscaler")));
+    assert!(is_leaving(json!({"deletionTimestamp": "2026-01-01T00:00:00Z"}), json!({})));
+}
+
+#[test]
 fn names_and_hints_are_shared_between_objects() {
     let slice = |name: &str| {
         json!({
