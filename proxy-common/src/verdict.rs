@@ -10,7 +10,7 @@ pub enum DropReason {
     NoLocalEndpoint,
     /// A port of a ClusterIP that no service has; rejected.
     UnknownPort,
-    /// An address of a ServiceCIDR that no service has.
+    /// An address of a ServiceCIDR that no service has, on the way out of the node.
     UnallocatedServiceAddress,
     /// A TCP segment to a frontend that belongs to no known connection; reset.
     NoConnection,

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use shunt_tests::nat::{Hook, check_answer};
 use shunt_tests::packet::{Packet, assert_frame, check, flag, proto};
-use shunt_tests::topology::Family;
+use shunt_tests::topology::{Family, SERVICES};
 
 use crate::datapath::Outcome;
 use crate::lab::{Ahead, Device, Lab, Proto, each, tcp, too_big};
@@ -193,6 +193,17 @@ fn connections_that_nobody_serves_are_reset_and_datagrams_pass() {
     });
     let each = 2 * (VARIANTS as u64 + 1);
     assert_eq!((lab.drops["no_endpoint"], lab.drops["unknown_port"]), (3 * each, each));
+}
+
+/// Another proxy may know the address.
+#[test]
+fn unallocated_service_addresses_pass() {
+    let mut lab = Lab::with_xdp();
+    each(|family, proto| {
+        let to = SERVICES.host(999).port(family, world::PORT);
+        let opening = lab.opening(proto, world::outside(1).port(family, 4000), to);
+        assert_eq!(enter(&mut lab, &opening), (Some(opening), PASSED));
+    });
 }
 
 /// What is sent by a device that is no hardware may not arrive: the hook behind answers.

@@ -181,7 +181,7 @@ fn tables_attachments_sources_and_the_process_are_told() {
         let series = format!(r#"shunt_source_objects{{source="manifests",kind="{kind}"}}"#);
         assert_eq!(samples.value(&series), count, "{kind}");
     }
-    for name in ["shunt_problems", "shunt_failures_waiting"] {
+    for name in [r#"shunt_problems{kind="conflict"}"#, "shunt_failures_waiting"] {
         assert_eq!(samples.value(name), 0.0, "{name}");
     }
     assert!(samples.value("shunt_plans_total") >= 1.0);

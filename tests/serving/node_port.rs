@@ -179,7 +179,7 @@ fn a_port_in_use_is_the_problem_of_its_service_alone_and_is_had_when_it_is_free(
         let start = "manifests/default/web: healthCheckNodePort 30100: cannot listen on ";
         assert!(problem.starts_with(start) && problem.contains("in use"), "{problem}");
     }
-    assert_eq!(Samples::scrape(&rig.cluster.nodes[0]).value("shunt_problems"), 2.0);
+    assert_eq!(Samples::scrape(&rig.cluster.nodes[0]).value(r#"shunt_problems{kind="health_check_not_served"}"#), 2.0);
     drop(in_use);
     rig.wait_weight(PORT, 2);
     wait::until("no problem", || rig.problems().is_empty());

@@ -150,7 +150,8 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed, rewrite: &mut Rewri
         let is_direct = class.has(AddressClass::BACKEND) && opens;
         return if is_direct && clashing(flows, packet).is_some() { Glance::Unknown } else { Glance::Pass };
     }
-    // Else only some flow is looked for, of a VIP that is gone, or of a backend with whose other flow it clashed.
+    // If it is none, there may be flows to it all the same: it was a frontend or a backend, or is a backend whose direct
+    // connections clash with flows.
     let is_frontend = class.has(AddressClass::FRONTEND | AddressClass::CLUSTER_IP | AddressClass::NODE);
     let turns = packet.tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0;
     if turns && is_frontend {
@@ -1251,7 +1252,8 @@ fn claim_snat<F: Flows>(flows: &F, plain: &Tuple, value: &mut FlowValue) -> u32 
 /// beginnings keeps nobody out, and costs no search through all that it holds.
 ///
 /// The oldest of so many is old, which keeps handshakes safe: while the flood goes round all ports once (a fifth of a second
-/// with 20,000 ports and 100,000 beginnings a second), one that takes a part x of that time loses its port in x^8 of the cases.
+/// with 20,000 ports and 100,000 beginnings a second), one that takes half of that time loses its port in less than a
+/// hundredth of the cases.
 /// It is not always the oldest of all, since a backend in a flood remembers beginnings in waves that come back every second,
 /// as the SYN of a client does that met one: it must meet a port of another age then.
 const PENDING_PORTS: u32 = 8;
@@ -1340,8 +1342,9 @@ fn may_keep_port<F: Flows>(flows: &F, port: Port) -> bool {
     }
 }
 
-/// Tries every port of the SNAT range once (and says how many came before), beginning at one that depends on the connection
-/// and on the time: a connection that met a clash where it began meets another port when it tries again.
+/// Tries every port of the SNAT range (and says how many tries came before), beginning at one that depends on the connection
+/// and on the time: a connection that met a clash where it began meets another port when it tries again. The first
+/// [`PENDING_PORTS`] lie far apart: neighbours were often taken at about the same time.
 #[inline(always)]
 fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16, u32) -> bool) -> bool {
     let Some(config) = flows.config() else { return false };
@@ -1353,8 +1356,9 @@ fn search_port<F: Flows>(flows: &F, tuple: &Tuple, mut claim: impl FnMut(Be16, u
     // Milliseconds or so; 2^32 divided by the golden ratio: what differs by one ends far apart (Knuth, volume 3, section 6.4).
     let salt = ((flows.nanos().0 >> 20) as u32).wrapping_mul(0x9e37_79b9) as u64;
     let start = select::position((tuple_hash(flows, tuple) >> 32) ^ salt, count);
-    flows.search(count, |step| {
-        let offset = start + step;
+    let stride = count / PENDING_PORTS;
+    flows.search(count + PENDING_PORTS, |step| {
+        let offset = start + if step < PENDING_PORTS { step * stride } else { step - PENDING_PORTS };
         let offset = if offset >= count { offset - count } else { offset };
         claim(Port((first + offset) as u16).be(), step)
     })
@@ -1534,7 +1538,8 @@ fn untranslated<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
 /// here and not on its way in: between the two another proxy may have found a service of its own.
 #[inline(never)]
 fn refuse_untranslated<F: Flows>(flows: &F, packet: &Parsed) -> Verdict {
-    if !flows.address(&packet.outer_dst).has(AddressClass::FRONTEND) {
+    let class = flows.address(&packet.outer_dst);
+    if !class.has(AddressClass::FRONTEND | AddressClass::BACKEND | AddressClass::NODE) {
         Verdict::Refuse(DropReason::UnallocatedServiceAddress, Refusal::Drop)
     } else if packet.kind == Kind::Transport && is_kept_from(flows, &packet.tuple) {
         Verdict::Refuse(DropReason::NoLocalEndpoint, Refusal::Drop)

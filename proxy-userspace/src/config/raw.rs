@@ -105,8 +105,9 @@ pub struct AgentFlags {
     /// Which devices also run a program before the kernel makes a packet of a frame
     ///
     /// It translates the segments of established TCP connections and, on hardware, resets connections to services without
-    /// endpoints; everything else, and all of it where the program does not run, is done by the programs behind it. It is attached in the driver, never by the kernel's generic mode. A device that
-    /// refuses it, or that runs another XDP program, is left as it is; `shunt status` names it.
+    /// endpoints; everything else, and all of it where the program does not run, is done by the programs behind it. It is
+    /// attached in the driver, never by the kernel's generic mode. A device that refuses it, or that runs another XDP
+    /// program, is left as it is; `shunt status` names it.
     ///
     /// Off by default: many drivers reset their queues when an XDP program comes or goes, and switch off offloads that merge
     /// segments (LRO, hardware GRO), which costs bulk traffic more than the program saves.

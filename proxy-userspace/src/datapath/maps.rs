@@ -32,7 +32,7 @@ pub enum Error {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// A system call failed; a full map is E2BIG or ENOSPC.
-    #[error("cannot write {table}")]
+    #[error("cannot use {table}")]
     Write {
         /// Map name.
         table: &'static str,
@@ -497,8 +497,8 @@ pub(super) fn source_of(key: &SourceRangeKey) -> Option<(ServiceId, IpNet)> {
     Some((ServiceId(key.range.service), IpNet::new(addr.into(), length).ok()?))
 }
 
-/// Held while a configuration is read, changed and written as a whole: the reconciler and the end of a handover both do.
-pub fn config_turn() -> MutexGuard<'static, ()> {
+/// Held while a configuration is read, changed and written as a whole: the reconciler, the start and a handover all do.
+pub(super) fn config_turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }

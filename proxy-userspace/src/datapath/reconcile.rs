@@ -744,7 +744,7 @@ mod tests {
         assert_eq!(failures.len(), 1);
         assert_eq!(failures[0].subject, Subject::Service(key(2)));
         assert!(failures[0].attempts >= 4, "{failures:?}");
-        assert!(failures[0].error.contains("cannot write fake: "), "{failures:?}");
+        assert!(failures[0].error.contains("cannot use fake: "), "{failures:?}");
         assert_eq!(frontends_of(&reconciler.maps().tables, 3).len(), 3);
         assert_eq!(frontends_of(&reconciler.maps().tables, 2).len(), 1, "its NodePort");
         reconciler.advance(&snapshot([(2, 2), (0, 0), (1, 2)]));

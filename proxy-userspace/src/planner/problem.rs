@@ -75,3 +75,34 @@ pub enum Problem {
         frontend: FrontendAddr,
     },
 }
+
+impl Problem {
+    /// Every kind, as metrics name them.
+    pub const KINDS: [&str; 9] = [
+        "sctp",
+        "duplicate_port",
+        "no_cluster_ip",
+        "name_too_long",
+        "conflict",
+        "health_check_taken",
+        "health_check_hidden",
+        "exhausted",
+        "frontend_is_backend",
+    ];
+
+    /// Which of [`Self::KINDS`] it is.
+    pub const fn kind(&self) -> &'static str {
+        let position = match self {
+            Self::Sctp { .. } => 0,
+            Self::DuplicatePort { .. } => 1,
+            Self::NoClusterIp => 2,
+            Self::NameTooLong(_) => 3,
+            Self::Conflict { .. } => 4,
+            Self::HealthCheckTaken { .. } => 5,
+            Self::HealthCheckHidden { .. } => 6,
+            Self::Exhausted { .. } => 7,
+            Self::FrontendIsBackend { .. } => 8,
+        };
+        Self::KINDS[position]
+    }
+}

@@ -2,6 +2,7 @@
 //!
 //! May touch: nothing; it looks at the newest status.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use super::source::Sources;
 use crate::datapath::reconcile::Status;
 use crate::health::node_port::Refusals;
 use crate::model::SourceId;
+use crate::planner::Problem;
 
 #[derive(Debug)]
 struct Reports {
@@ -52,15 +54,27 @@ fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status, unserved:
     let metric = encoder.encode_descriptor("plans", "Plans that changed something", None, MetricType::Counter)?;
     ConstCounter::new(status.plans).encode(metric)?;
     let waiting: usize = status.failures.iter().map(|failure| failure.waiting).sum();
-    let problems: usize = status.problems.values().map(Vec::len).sum();
     let gauges = [
         ("ready", "1 if everything that the sources listed is programmed", usize::from(status.is_ready)),
         ("failures_waiting", "Changes that a table refused; they are tried again", waiting),
         ("failed_services", "Services, and this node, with such changes", status.failures.len()),
-        ("problems", "Things that services ask for and do not get", problems + unserved),
     ];
     for (name, help, value) in gauges {
         ConstGauge::new(value as u64).encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+    }
+    encode_problems(encoder, status, unserved)
+}
+
+fn encode_problems(encoder: &mut DescriptorEncoder<'_>, status: &Status, unserved: usize) -> fmt::Result {
+    let help = "Things that services ask for and do not get";
+    let mut metric = encoder.encode_descriptor("problems", help, None, MetricType::Gauge)?;
+    let mut counts = BTreeMap::from(Problem::KINDS.map(|kind| (kind, 0)));
+    counts.insert("health_check_not_served", unserved as u64);
+    for problem in status.problems.values().flatten() {
+        *counts.entry(problem.kind()).or_default() += 1;
+    }
+    for (kind, count) in counts {
+        ConstGauge::new(count).encode(metric.encode_family(&[("kind", kind)])?)?;
     }
     Ok(())
 }
@@ -153,8 +167,9 @@ mod tests {
             "shunt_plans_total 5",
             "shunt_failures_waiting 7",
             "shunt_failed_services 2",
-            // Two of the service, and the port that health is not served at.
-            "shunt_problems 3",
+            r#"shunt_problems{kind="no_cluster_ip"} 2"#,
+            r#"shunt_problems{kind="health_check_not_served"} 1"#,
+            r#"shunt_problems{kind="conflict"} 0"#,
             r#"shunt_source_pending{source="kubernetes"} 1"#,
             r#"shunt_source_pending{source="manifests"} 0"#,
             r#"shunt_source_object_errors{source="kubernetes"} 0"#,

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::io::{self, BufRead as _, Read as _, Write as _};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -97,8 +97,9 @@ fn connect(to: SocketAddr) -> io::Result<u64> {
     stream.write_all(&[ONE_BYTE])?;
     stream.read_exact(&mut [0])?;
     let nanos = start.elapsed().as_nanos() as u64;
-    // By a reset: ends in TIME_WAIT would make the kernel search for a free port longer with each round.
-    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    stream.shutdown(Shutdown::Write)?;
+    // The server resets it.
+    let _ = stream.read(&mut [0]);
     Ok(nanos)
 }
 
@@ -110,7 +111,7 @@ fn send(to: SocketAddr, bytes: usize) -> io::Result<u64> {
     for _ in 0..bytes / CHUNK {
         stream.write_all(&chunk)?;
     }
-    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.shutdown(Shutdown::Write)?;
     stream.read_exact(&mut [0])?;
     Ok(start.elapsed().as_nanos() as u64)
 }
@@ -127,6 +128,10 @@ pub fn serve() {
         }
         if first[0] == ONE_BYTE {
             let _ = stream.write_all(&first);
+            // Ends in TIME_WAIT would make the kernel search for a free port longer with each round, and flows that are not
+            // over would clash with direct connections.
+            let _ = stream.read(&mut first);
+            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
         } else {
             thread::spawn(move || swallow(stream));
         }

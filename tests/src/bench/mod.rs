@@ -1,5 +1,6 @@
 //! Measurements, as ratios in one run: what is compared takes turns, round by round, so that a noisy machine is noisy for
-//! both. Nothing here is asserted; a row that falls short of its goal says so.
+//! both. (What two nodes differ by without Shunt is measured once, before it, and shown.) Nothing here is asserted; a row
+//! that falls short of its goal says so.
 //!
 //! | module | measures |
 //! |---|---|

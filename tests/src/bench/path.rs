@@ -22,8 +22,9 @@ const PER_FILE: usize = 100;
 
 /// Measures every number of services.
 pub fn rows(rounds: usize, services: &[usize]) -> Vec<Row> {
-    let cluster = Cluster::build(Plan::default());
-    let other = Cluster::build(Plan::default());
+    let plan = Plan { pods: 3, ..Plan::default() };
+    let cluster = Cluster::build(plan);
+    let other = Cluster::build(plan);
     let manifests = Manifests::of(&cluster);
     let (client, backend) = (&cluster.nodes[0].pods[0], &cluster.nodes[0].pods[1]);
     let _server = load::server(&backend.place);
@@ -139,17 +140,17 @@ struct Foreign {
 impl Foreign {
     fn start(rounds: usize, with: &Cluster, without: &Cluster) -> Self {
         let nodes = [without, with].map(|cluster| &cluster.nodes[0]);
-        // From the pod that serves to the one that does not: no connection of theirs was ever a service's.
+        // Between pods that are no service's backends.
         let servers = nodes.map(|node| load::server(&node.pods[0].place));
-        let meters = nodes.map(|node| Meter::start(&node.pods[1].place.unhooked()));
+        let meters = nodes.map(|node| Meter::start(&node.pods[2].place.unhooked()));
         let to = nodes.map(|node| node.pods[0].addrs.port(Family::V4, PORT));
         let mut foreign = Self { rounds, meters, to, before: [1.0; 2], _servers: servers };
+        eprintln!("path: foreign traffic, before Shunt");
         foreign.before = foreign.ratios();
         foreign
     }
 
     fn ratios(&mut self) -> [f64; 2] {
-        eprintln!("path: foreign traffic");
         let connect: fn(SocketAddr) -> Job = |to| Job::Connect { to, count: CONNECTIONS };
         let bulk: fn(SocketAddr) -> Job = |to| Job::Send { to, bytes: BYTES };
         [connect, bulk].map(|job| {
@@ -159,10 +160,14 @@ impl Foreign {
     }
 
     fn rows(mut self) -> Vec<Row> {
+        eprintln!("path: foreign traffic");
         let [connect, bulk] = self.ratios();
+        let before = self.before.map(|ratio| format!("{ratio:.3} times"));
+        let note = "what the two nodes differ by before (connect and first byte; bulk), divided out below";
+        let note = Row::note(note.to_owned(), before.join("; "));
         let what = "connect and first byte, pod to pod, beside a node without Shunt";
         let connect = Row::ratio(what, "at most 1.02 times", 1.02, connect / self.before[0]);
         let what = "time of a bulk transfer, pod to pod, beside a node without Shunt";
-        vec![connect, Row::ratio(what, "at most 1.02 times", 1.02, bulk / self.before[1])]
+        vec![note, connect, Row::ratio(what, "at most 1.02 times", 1.02, bulk / self.before[1])]
     }
 }
