@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
 use proxy_common::addr::Port;
 use tokio::runtime::{Builder, Runtime};
@@ -193,6 +194,9 @@ async fn build(
     // Tables that no program uses are worth nothing before they are filled.
     let adopted = loaded.adopted && (loaded.handover.is_some() || attach::has_links(pins)?);
     let (attached_sender, attached) = watch::channel(false);
+    let repairs = Counter::default();
+    let help = "Programs that somebody else had detached, and that were attached again";
+    registry.sub_registry_with_prefix("shunt").register("repairs", help, repairs.clone());
     let mut attachments = attach::Task {
         sockets: sockets(config, pins)?,
         devices: DeviceLinks::new(pins, netns, config.devices.clone(), loaded.programs, &loaded.maps)?,
@@ -204,6 +208,7 @@ async fn build(
         is_adopted: adopted,
         status: status.clone(),
         attached: attached_sender,
+        repairs: repairs.clone(),
     };
     let refused = attachments.devices.watch_refused();
     attachments.take_over()?;

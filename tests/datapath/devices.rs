@@ -1,13 +1,15 @@
 //! Which programs are on which device, as devices come, change and go.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 
 use aya::maps::{HashMap as BpfHashMap, Map, MapData};
 use nix::sys::signal::Signal;
 use proxy_common::abi::device::DeviceRecord;
 use proxy_userspace::datapath::kernel::{self, Sizes};
 use proxy_userspace::datapath::object::OBJECT;
-use proxy_userspace::datapath::pins::Pins;
+use proxy_userspace::datapath::pins::{self, Pins};
 use proxy_userspace::datapath::sys::{self, Place};
 use shunt_tests::wait;
 
@@ -148,4 +150,33 @@ fn lost_announcements_are_made_up_for() {
     wait::until("the pins of the device that went unannounced to go", || {
         !node.device_pins().iter().any(|pin| pin.contains(&format!("-{gone}-")))
     });
+}
+
+/// Whatever runs on the node as root can do that.
+#[test]
+fn what_somebody_else_detaches_is_attached_again() {
+    let mut node = Lone::new();
+    node.place.ns().ip(["link add pod1 type veth peer name pod2"]);
+    node.start(["--xdp", "native"]);
+    let links = || {
+        let pins = node.pins();
+        let directories = [pins.cgroup_links(), pins.tcx_links(), pins.xdp_links()];
+        directories.iter().flat_map(|directory| pins::list(directory).expect("links are pinned")).collect::<Vec<_>>()
+    };
+    let target = |pin: &PathBuf| sys::link_info(sys::open_pin(pin).ok()?.as_fd()).ok().map(|info| info.target);
+    let before: BTreeMap<_, _> = links().into_iter().map(|pin| (pin.clone(), target(&pin))).collect();
+    // Eight socket hooks and two programs for each of three devices, at least.
+    assert!(before.len() >= 8 + 6, "{before:?}");
+    for (position, pin) in before.keys().enumerate() {
+        if position % 2 == 0 {
+            let link = sys::open_pin(pin).expect("it is pinned");
+            sys::link_detach(link.as_fd()).expect("it can be detached");
+            assert_ne!(target(pin), before[pin], "{}", pin.display());
+        } else {
+            std::fs::remove_file(pin).expect("it can be unpinned");
+        }
+    }
+    wait::until("every link again", || before.iter().all(|(pin, was)| target(pin) == *was));
+    assert_eq!(node.pair("pod1"), pair("ingress", "egress"));
+    node.log("detached by somebody else");
 }

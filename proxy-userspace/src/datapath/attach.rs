@@ -5,6 +5,8 @@
 //! translated packet or socket meets an older program on its way back. XDP translates, ahead of the tcx programs of its
 //! device and relying on them: replaced last, detached first.
 //!
+//! What somebody else detaches, or unpins, is attached again: every [`INSPECTION`] all links are looked at.
+//!
 //! XDP is attached in the driver or not at all. A device that refuses it is served by tcx alone, as most devices are: that is
 //! no failure, and it is not tried again before the device or the agent is new.
 //! May touch: links, their pins, the `devices` map. Which device gets what is decided in `device`.
@@ -19,8 +21,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aya_obj::generated::bpf_attach_type as Hook;
+use prometheus_client::metrics::counter::Counter;
 use proxy_common::abi::device::DeviceRecord;
 use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
@@ -148,8 +152,9 @@ impl SocketLinks {
         Ok(Self { pins: pins.clone(), cgroup, cgroup_id, path: path.to_owned() })
     }
 
-    /// Makes the hooks of one direction run the given programs.
-    pub fn attach(&self, programs: &Programs, direction: Direction) -> Result<(), Error> {
+    /// Makes the hooks of one direction run the given programs. Returns those that had no link before.
+    pub fn attach(&self, programs: &Programs, direction: Direction) -> Result<Vec<&'static str>, Error> {
+        let mut new = Vec::new();
         for SocketHook(name, hook, _) in SOCKET_HOOKS.iter().filter(|hook| hook.2 == direction) {
             let wanted = Wanted {
                 program: programs.get(name)?,
@@ -158,9 +163,11 @@ impl SocketLinks {
                 pin: self.pins.cgroup_links().join(name),
             };
             let create = || sys::link_cgroup(wanted.program, self.cgroup.as_fd(), *hook);
-            wanted.ensure(create, || self.path.display().to_string())?;
+            if wanted.ensure(create, || self.path.display().to_string())? == Link::New {
+                new.push(*name);
+            }
         }
-        Ok(())
+        Ok(new)
     }
 }
 
@@ -212,6 +219,15 @@ pub fn detach(pin: &Path) -> Result<(), pins::Error> {
     pins::unpin(pin)
 }
 
+/// What became of a link that shall be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    /// It was there, and runs the wanted program (now).
+    Kept,
+    /// There was none.
+    New,
+}
+
 /// A link that shall be.
 struct Wanted<'a> {
     program: BorrowedFd<'a>,
@@ -222,7 +238,7 @@ struct Wanted<'a> {
 
 impl Wanted<'_> {
     /// Adopts the pinned link if it is on our target, else makes and pins one.
-    fn ensure(&self, create: impl FnOnce() -> io::Result<OwnedFd>, target: impl Fn() -> String) -> Result<(), Error> {
+    fn ensure(&self, create: impl FnOnce() -> io::Result<OwnedFd>, target: impl Fn() -> String) -> Result<Link, Error> {
         let failed = |action| {
             let (program, target) = (self.name, target());
             move |source| Error::Link { action, program, target, source }
@@ -235,7 +251,8 @@ impl Wanted<'_> {
         if let Some(old) = &old {
             let info = sys::link_info(old.as_fd()).map_err(failed("examine"))?;
             if info.target == self.target {
-                return self.replace(old, info.program).map_err(failed("replace"));
+                self.replace(old, info.program).map_err(failed("replace"))?;
+                return Ok(Link::Kept);
             }
         }
         // The new one first: between the two, both translate, and what is translated once is left alone by the other.
@@ -243,7 +260,8 @@ impl Wanted<'_> {
         if old.is_some() {
             detach(&self.pin)?;
         }
-        sys::pin(link.as_fd(), &self.pin).map_err(failed("pin the link of"))
+        sys::pin(link.as_fd(), &self.pin).map_err(failed("pin the link of"))?;
+        Ok(Link::New)
     }
 
     fn replace(&self, link: &OwnedFd, current: u32) -> io::Result<()> {
@@ -354,7 +372,7 @@ impl DeviceLinks {
         match self.ensure_xdp(device) {
             // The link was another device's; `follow` tells that this one refuses.
             Err(Error::Link { action: ATTACH, .. }) => Ok(()),
-            result => result,
+            result => result.map(drop),
         }
     }
 
@@ -407,7 +425,7 @@ impl DeviceLinks {
         for direction in Direction::ORDER {
             match self.attach_one(device, wanted.attachment, direction) {
                 Err(Error::Link { source, .. }) if is_gone(&source) => return Ok(()),
-                result => result?,
+                result => _ = result?,
             }
         }
         if before.is_none_or(|before| before.attachment != wanted.attachment) {
@@ -425,7 +443,7 @@ impl DeviceLinks {
     /// Attaches the XDP program, or notes that the device refuses it.
     fn attach_xdp(&mut self, device: &Device) -> Result<(), Error> {
         match self.ensure_xdp(device) {
-            Ok(()) => {
+            Ok(_) => {
                 self.forget_refusal(device.index);
                 info!(device = device.name, "XDP program attached");
             }
@@ -440,7 +458,7 @@ impl DeviceLinks {
         Ok(())
     }
 
-    fn ensure_xdp(&self, device: &Device) -> Result<(), Error> {
+    fn ensure_xdp(&self, device: &Device) -> Result<Link, Error> {
         let wanted = Wanted {
             program: self.programs.get(XDP_PROGRAM)?,
             name: XDP_PROGRAM,
@@ -480,7 +498,7 @@ impl DeviceLinks {
         Ok(())
     }
 
-    fn attach_one(&self, device: &Device, attachment: Attachment, direction: Direction) -> Result<(), Error> {
+    fn attach_one(&self, device: &Device, attachment: Attachment, direction: Direction) -> Result<Link, Error> {
         let pair = Pair::of(attachment);
         let (name, hook, place) = match direction {
             Direction::Reverse => (pair.egress, Hook::BPF_TCX_EGRESS, Place::Last),
@@ -494,6 +512,30 @@ impl DeviceLinks {
         };
         let create = || sys::link_tcx(wanted.program, device.index, hook, place);
         wanted.ensure(create, || device.name.clone())
+    }
+
+    /// Attaches again what served devices have lost. Returns how many programs that were.
+    fn repair(&self, network: &Network) -> (u64, Vec<Error>) {
+        let (mut repaired, mut errors) = (0, Vec::new());
+        let mut note = |device: &Device, result: Result<Link, Error>| match result {
+            Ok(Link::Kept) => {}
+            Ok(Link::New) => {
+                repaired += 1;
+                warn!(device = device.name, "a program had been detached by somebody else; it is attached again");
+            }
+            Err(Error::Link { source, .. }) if is_gone(&source) => {}
+            Err(error) => errors.push(error),
+        };
+        for (index, attached) in &self.attached {
+            let Some(device) = network.devices.get(index) else { continue };
+            for direction in Direction::ORDER {
+                note(device, self.attach_one(device, attached.attachment, direction));
+            }
+            if attached.is_asked_for_xdp && !self.refused.borrow().contains_key(index) {
+                note(device, self.ensure_xdp(device));
+            }
+        }
+        (repaired, errors)
     }
 
     /// Takes the programs off a device that shall have none.
@@ -595,7 +637,12 @@ pub struct Task {
     pub status: watch::Receiver<Arc<Status>>,
     /// Told when everything is attached for the first time.
     pub attached: watch::Sender<bool>,
+    /// Programs that had been detached by somebody else, and were attached again.
+    pub repairs: Counter,
 }
+
+/// Between two looks at all links.
+pub const INSPECTION: Duration = Duration::from_secs(10);
 
 impl Task {
     /// Attaches, then follows the devices until the drain; the attachments stay.
@@ -609,6 +656,8 @@ impl Task {
             self.flip()?;
         }
         let mut backoff = Backoff::default();
+        let mut inspection = tokio::time::interval_at(Instant::now() + INSPECTION, INSPECTION);
+        inspection.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let network = self.network.borrow_and_update().clone();
             let facts = self.facts.borrow_and_update().clone();
@@ -628,9 +677,33 @@ impl Task {
                 changed = self.network.changed() => if changed.is_err() { return Ok(()) },
                 changed = self.facts.changed() => if changed.is_err() { return Ok(()) },
                 () = tokio::time::sleep(retry) => {}
+                _ = inspection.tick() => self.repair(),
                 () = drain.wait() => return Ok(()),
             }
         }
+    }
+
+    /// Attaches again what somebody else has detached.
+    fn repair(&self) {
+        let failed = |error: &Error| warn!(error = chain(error), "a program that is gone could not be attached again");
+        for direction in Direction::ORDER {
+            match self
+                .sockets
+                .as_ref()
+                .map_or(Ok(Vec::new()), |sockets| sockets.attach(self.devices.programs(), direction))
+            {
+                Ok(new) => {
+                    for program in &new {
+                        warn!(program, "a socket hook had been detached by somebody else; it is attached again");
+                    }
+                    self.repairs.inc_by(new.len() as u64);
+                }
+                Err(error) => failed(&error),
+            }
+        }
+        let (repaired, errors) = self.devices.repair(&self.network.borrow());
+        self.repairs.inc_by(repaired);
+        errors.iter().for_each(failed);
     }
 
     /// Puts our programs in the place of an earlier agent's, without waiting for `status`: before anything writes the
