@@ -12,7 +12,7 @@
 //! | [`model`] | desired state as immutable snapshots |
 //! | [`planner`] | snapshots to exact changes; pure |
 //! | [`datapath`] | the kernel's tables, programs and attachments |
-//! | [`config`] | flags, as written and as used |
+//! | [`config`] | flags and the configuration file, as written and as used |
 //! | [`cli`] | the subcommands of `shunt` |
 //! | [`telemetry`] | logs, metrics, the admin socket |
 //! | [`health`] | what load balancers and kubelets ask, of the node and of single services |

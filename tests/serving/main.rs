@@ -1,4 +1,4 @@
-//! What the agent tells over HTTP: health, readiness, metrics. The requests come from where they come from in life: a load
+//! What the agent tells over HTTP: health, readiness, metrics, its configuration. The requests come from where they come from in life: a load
 //! balancer outside asks for health, a scraper on the node for metrics.
 //!
 //! ```text
@@ -10,6 +10,7 @@ mod http;
 mod lease;
 mod samples;
 
+mod config;
 mod health;
 mod metrics;
 mod node_port;

@@ -18,9 +18,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::config::raw::{AgentFlags, DEFAULT_ADMIN_SOCKET, DEFAULT_BPFFS};
+use crate::config::raw::{DEFAULT_ADMIN_SOCKET, DEFAULT_BPFFS};
+use crate::config::setting::AgentArgs;
 use crate::config::{self};
 use crate::datapath::kernel;
 use crate::datapath::pins::Pins;
@@ -43,9 +44,15 @@ Examples:
   shunt agent --manifests /etc/shunt
   shunt agent --manifests /etc/shunt --cluster-cidr 10.244.0.0/16,fd00:10:244::/56 --nodeport-addresses all
   shunt agent --manifests /etc/shunt --exclude-devices 'docker*,wg0' --log-format json
+  shunt agent --config /var/lib/kube-proxy/config.conf --log-level debug    what kubeadm wrote for kube-proxy, but one option
 
 The agent can be stopped, killed and replaced at any moment: what it has programmed stays pinned below --bpffs and goes
 on working, and the next agent takes it over. `shunt cleanup` removes it.";
+
+const EXAMPLE_EXAMPLES: &str = "\
+Examples:
+  shunt example > manifests/web.yaml
+  shunt example config > agent.yaml && sudo shunt agent --config agent.yaml";
 
 const STATUS_EXAMPLES: &str = "\
 Examples:
@@ -106,7 +113,7 @@ struct Cli {
 enum Command {
     /// Serve services on this node until stopped; what is programmed stays
     #[command(after_help = AGENT_EXAMPLES)]
-    Agent(Box<AgentFlags>),
+    Agent(Box<AgentArgs>),
     /// What is programmed, attached and dropped, in short
     #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArgs),
@@ -130,8 +137,13 @@ enum Command {
         /// Which shell
         shell: clap_complete::Shell,
     },
-    /// Print a manifest to start from
-    Example,
+    /// Print a file to start from: a manifest, or a configuration of the agent
+    #[command(after_help = EXAMPLE_EXAMPLES)]
+    Example {
+        /// Which file
+        #[arg(value_enum, default_value_t)]
+        file: ExampleFile,
+    },
 }
 
 impl PinArgs {
@@ -182,7 +194,24 @@ struct StatusArgs {
     admin_socket: PathBuf,
 }
 
-const EXAMPLE: &str = include_str!("../../../examples/web.yaml");
+/// What there is an example of.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum ExampleFile {
+    /// A service, for `shunt agent --manifests`
+    #[default]
+    Manifest,
+    /// For `shunt agent --config`
+    Config,
+}
+
+impl ExampleFile {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Manifest => include_str!("../../../examples/web.yaml"),
+            Self::Config => include_str!("../../../examples/agent.yaml"),
+        }
+    }
+}
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
@@ -239,7 +268,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 fn execute(command: Command) -> Result<()> {
     match command {
-        Command::Agent(flags) => agent::run(*flags),
+        Command::Agent(args) => agent::run(*args),
         Command::Status(args) => show::status(&args),
         Command::Services(args) => show::services(&args),
         Command::Backends(args) => show::backends(&args),
@@ -253,7 +282,7 @@ fn execute(command: Command) -> Result<()> {
             clap_complete::generate(shell, &mut Cli::command(), "shunt", &mut script);
             print(&String::from_utf8_lossy(&script))
         }
-        Command::Example => print(EXAMPLE),
+        Command::Example { file } => print(file.text()),
     }
 }
 
@@ -278,6 +307,7 @@ mod tests {
     fn bad_usage_is_64_and_help_is_not() {
         assert_eq!(run(["shunt", "--no-such-flag"]), ExitCode::from(64));
         assert_eq!(run(["shunt", "agent", "--snat-ports", "x"]), ExitCode::from(64));
+        assert_eq!(run(["shunt", "agent", "--config", "/no/such/file"]), ExitCode::from(64));
         assert_eq!(run(["shunt", "agent", "--help"]), ExitCode::SUCCESS);
         assert_eq!(run(["shunt", "version"]), ExitCode::SUCCESS);
     }

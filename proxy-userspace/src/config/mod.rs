@@ -1,23 +1,36 @@
 //! The agent's configuration as it is used: every value valid, all errors found at once.
 //!
-//! May touch: the host's name. Looks at nothing else of the system; what must exist is found out by who uses it.
+//! | module | holds |
+//! |---|---|
+//! | [`raw`] | the options of `shunt agent`, as text |
+//! | [`setting`] | which of them are set, and where: command line or file |
+//! | [`file`] | the configuration file, of our own kind |
+//! | [`kube_proxy`] | kube-proxy's configuration, read as ours |
+//!
+//! May touch: its file, the host's name. Looks at nothing else of the system; what must exist is found out by who uses it.
 
+pub mod file;
+pub mod kube_proxy;
 pub mod raw;
+pub mod setting;
 
 use std::fmt;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use proxy_common::abi::config::MAX_CIDRS;
 
 use crate::datapath::device::Choice;
 use crate::datapath::kernel::Sizes;
-use crate::model::{Name, NodeFacts, NodePortAddresses};
+use crate::model::{Family, Name, NodeFacts, NodePortAddresses, PrimaryAddresses};
+use crate::source::decode::field::parse_unicast;
 use crate::source::kubernetes::access::{Access, Server};
+use file::Notes;
 use raw::{AgentFlags, HEALTHZ_PORT, LogFormat, METRICS_PORT, SocketLb, Switch};
+use setting::{AgentArgs, Place, Settings};
 
 /// What `shunt agent` is to do.
 #[derive(Clone, Debug)]
@@ -63,17 +76,23 @@ pub struct Log {
     pub format: LogFormat,
 }
 
-/// A flag that cannot be used, in words for the person who wrote it.
+/// What cannot be used, in words for the person who wrote it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("--{flag}: {message}")]
+#[error("{place}: {message}")]
 pub struct Error {
-    /// Name of the flag.
-    pub flag: &'static str,
+    /// Where it is written.
+    pub place: Place,
     /// What is wrong, and what would be right.
     pub message: String,
 }
 
-/// All flags that cannot be used.
+impl Error {
+    fn of_flag(flag: &str, message: String) -> Self {
+        Self { place: Place::Flag(flag.to_owned()), message }
+    }
+}
+
+/// All that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Errors(pub Vec<Error>);
 
@@ -94,16 +113,77 @@ impl Check {
     /// The value, or a stand-in that is thrown away together with the error.
     fn take<T>(&mut self, flag: &'static str, value: Result<T, String>, stand_in: T) -> T {
         value.unwrap_or_else(|message| {
-            self.0.push(Error { flag, message });
+            self.0.push(Error::of_flag(flag, message));
             stand_in
         })
     }
 
     fn refuse_if(&mut self, condition: bool, flag: &'static str, message: &str) {
         if condition {
-            self.0.push(Error { flag, message: message.to_owned() });
+            self.0.push(Error::of_flag(flag, message.to_owned()));
         }
     }
+}
+
+/// A configuration, and what is to be told of the file it is from.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The configuration.
+    pub config: Config,
+    /// To be told once there is a log.
+    pub notes: Notes,
+}
+
+impl Loaded {
+    /// What a command line means, with the file that it names, or everything that is wrong with either.
+    pub fn load(args: AgentArgs) -> Result<Self, Errors> {
+        let Some(file) = &args.flags.config else {
+            return Ok(Self { config: Config::new(args.flags)?, notes: Notes::default() });
+        };
+        match fs::read_to_string(file) {
+            Ok(text) => Self::parse(file, &text, args.typed),
+            Err(error) => {
+                let message = format!("cannot be read: {error}");
+                Err(Errors(vec![Error { place: Place::File(file.clone()), message }]))
+            }
+        }
+    }
+
+    /// What the text of a file means together with what was typed, which wins.
+    fn parse(file: &Path, text: &str, typed: Settings) -> Result<Self, Errors> {
+        let mut content = file::parse(file, text).map_err(|error| Errors(vec![error]))?;
+        let mut errors = content.errors;
+        errors.extend(content.settings.take_errors());
+        let settings = content.settings.overridden_by(typed);
+        let flags = settings.flags().map_err(|error| {
+            // Each by itself could be typed.
+            Errors(vec![Error { place: Place::File(file.to_owned()), message: error.to_string() }])
+        })?;
+        match Config::new(flags) {
+            Ok(config) if errors.is_empty() => return Ok(Self { config, notes: content.notes }),
+            Ok(_) => {}
+            Err(Errors(more)) => {
+                // Beside fields that were left out because they are wrong, nothing can be said to be missing.
+                let is_sure = |error: &Error| errors.is_empty() || is_set(error, &settings);
+                let more: Vec<_> = more.into_iter().filter(is_sure).collect();
+                errors.extend(more.into_iter().map(|error| where_it_is_set(error, &settings)));
+            }
+        }
+        Err(Errors(errors))
+    }
+}
+
+fn is_set(error: &Error, settings: &Settings) -> bool {
+    matches!(&error.place, Place::Flag(flag) if settings.get(flag).is_some())
+}
+
+/// The error of a flag as one of the field that sets it, if that is so.
+fn where_it_is_set(error: Error, settings: &Settings) -> Error {
+    let setting = match &error.place {
+        Place::Flag(flag) => settings.get(flag),
+        Place::File(_) | Place::Field { .. } => None,
+    };
+    Error { place: setting.map_or(error.place, |setting| setting.place.clone()), message: error.message }
 }
 
 impl Config {
@@ -185,7 +265,23 @@ fn facts(flags: &AgentFlags, check: &mut Check) -> NodeFacts {
     check.refuse_if(cluster_cidrs.len() > MAX_CIDRS, "cluster-cidr", "more than 8 prefixes do not fit");
     let node_ports = parse_node_ports(&flags.nodeport_addresses);
     let node_ports = check.take("nodeport-addresses", node_ports, NodePortAddresses::Primary);
-    NodeFacts { cluster_cidrs, node_ports, ..NodeFacts::named(Name::from(name.as_str())) }
+    let prescribed = check.take("node-ip", parse_node_ips(&flags.node_ip), PrimaryAddresses::default());
+    NodeFacts { cluster_cidrs, node_ports, prescribed, ..NodeFacts::named(Name::from(name.as_str())) }
+}
+
+fn parse_node_ips(texts: &[String]) -> Result<PrimaryAddresses, String> {
+    let mut found = PrimaryAddresses::default();
+    for text in texts {
+        let addr = parse_unicast(text)?;
+        let of_family = match Family::of(&addr) {
+            Family::V4 => &mut found.v4,
+            Family::V6 => &mut found.v6,
+        };
+        if of_family.replace(addr).is_some() {
+            return Err("a node has one primary address of each family".to_owned());
+        }
+    }
+    Ok(found)
 }
 
 /// The host's name in lower case, as Kubernetes names nodes.
@@ -265,7 +361,7 @@ fn check_level(text: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
+    use clap::{Args as _, FromArgMatches as _, Parser};
 
     #[derive(Parser)]
     struct Command {
@@ -273,10 +369,14 @@ mod tests {
         flags: AgentFlags,
     }
 
-    fn config(flags: &str) -> Result<Config, Vec<&'static str>> {
+    fn config(flags: &str) -> Result<Config, Vec<String>> {
         let words = std::iter::once("agent").chain(flags.split_whitespace());
         let flags = Command::try_parse_from(words).unwrap().flags;
-        Config::new(flags).map_err(|errors| errors.0.iter().map(|error| error.flag).collect())
+        Config::new(flags).map_err(|errors| errors.0.into_iter().map(name).collect())
+    }
+
+    fn name(error: Error) -> String {
+        error.place.to_string().trim_start_matches("--").to_owned()
     }
 
     #[test]
@@ -358,5 +458,93 @@ mod tests {
             parse_cidr("10.1.0.0/8").unwrap_err(),
             "10.1.0.0/8 has bits beyond its length; 10.0.0.0/8 is meant?"
         );
+    }
+
+    /// What a file and a command line mean together, or the lines of what is wrong.
+    fn load(file: &str, typed: &str) -> Result<Loaded, Vec<String>> {
+        let command = AgentArgs::augment_args(clap::Command::new("agent").no_binary_name(true));
+        let matches = command.try_get_matches_from(typed.split_whitespace()).unwrap();
+        let typed = AgentArgs::from_arg_matches(&matches).unwrap().typed;
+        Loaded::parse(Path::new("f"), file, typed).map_err(|errors| errors.0.iter().map(ToString::to_string).collect())
+    }
+
+    const OWN: &str = "apiVersion: shunt/v1alpha1\nkind: AgentConfiguration\n";
+    const KUBE_PROXY: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+
+    #[test]
+    fn a_file_is_enough_and_what_is_typed_wins() {
+        let file = format!("{OWN}manifests: m\nnodeName: a\nclusterCidr: [10.0.0.0/8]\nlogLevel: debug\n");
+        let config = load(&file, "").unwrap().config;
+        assert_eq!((config.facts.name.as_str(), config.log.level.as_str()), ("a", "debug"));
+        let config = load(&file, "--node-name b --cluster-cidr fd00::/8 --log-level info").unwrap().config;
+        assert_eq!((config.facts.name.as_str(), config.log.level.as_str()), ("b", "info"));
+        assert_eq!(config.facts.cluster_cidrs, ["fd00::/8".parse().unwrap()].into());
+        assert_eq!(config.manifests, Some("m".into()));
+    }
+
+    #[test]
+    fn the_configuration_of_kube_proxy_is_enough() {
+        let file = format!("{KUBE_PROXY}clientConnection: {{kubeconfig: /k}}\nbindAddress: 'fd00::7'\nmode: ipvs\n");
+        let Loaded { config, notes } = load(&file, "").unwrap();
+        assert_eq!(config.kubernetes, Some(Access::Kubeconfig { file: "/k".into(), server: None }));
+        assert_eq!(config.facts.prescribed.v6, Some(parse_unicast("fd00::7").unwrap()));
+        assert_eq!(config.metrics, Some("[::1]:10249".parse().unwrap()));
+        assert_eq!(notes.different.len(), 1);
+        // In the cluster, with the server that kube-proxy's --master would name.
+        let file = format!("{KUBE_PROXY}clientConnection: {{kubeconfig: ''}}\n");
+        let [error] = &load(&file, "").unwrap_err()[..] else { panic!("one error is expected") };
+        assert!(error.starts_with("--api-server: is needed"), "{error}");
+        let config = load(&file, "--api-server 192.0.2.1:6443 --hostname-override a").unwrap().config;
+        assert!(matches!(config.kubernetes, Some(Access::ServiceAccount { .. })));
+        assert_eq!(config.facts.name.as_str(), "a");
+    }
+
+    #[test]
+    fn errors_name_what_was_written_and_nothing_that_follows_from_them() {
+        let file = format!(
+            "{KUBE_PROXY}clientConnection: {{kubeconfig: 1}}\nclusterCIDR: 10.0.0.0\nbindAddress: 127.0.0.1\n\
+             healthzBindAddress: localhost:1\nmetricsBindAddress: 127.0.0.1:70000\nnodePortAddresses: [primary, 10.0.0.0/8]\n"
+        );
+        let mut errors = load(&file, "--snat-ports 9-1").unwrap_err();
+        errors.sort();
+        let places: Vec<_> = errors.iter().map(|error| error.rsplit_once(": ").unwrap().0).collect();
+        let expected = [
+            "--snat-ports",
+            "f: bindAddress",
+            "f: clientConnection.kubeconfig",
+            "f: clusterCIDR",
+            "f: healthzBindAddress",
+            "f: metricsBindAddress",
+            "f: nodePortAddresses",
+        ];
+        assert_eq!(places, expected, "{errors:?}");
+        // What is typed over is not asked any more.
+        let file = format!("{OWN}manifests: m\nclusterCidr: x\n");
+        assert_eq!(load(&file, "").unwrap_err().len(), 1);
+        assert!(load(&file, "--cluster-cidr 10.0.0.0/8").is_ok());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named() {
+        let command = AgentArgs::augment_args(clap::Command::new("agent").no_binary_name(true));
+        let matches = command.try_get_matches_from(["--config", "/no/such/file"]).unwrap();
+        let errors = Loaded::load(AgentArgs::from_arg_matches(&matches).unwrap()).unwrap_err();
+        assert!(errors.to_string().starts_with("/no/such/file: cannot be read: No such file"), "{errors}");
+    }
+
+    #[test]
+    fn the_example_is_usable() {
+        let example = include_str!("../../../examples/agent.yaml");
+        assert!(load(example, "").is_ok());
+        assert!(load(&example.replace("# kubeconfig:", "kubeconfig:"), "").is_ok());
+    }
+
+    #[test]
+    fn a_node_has_one_primary_address_of_each_family() {
+        let prescribed = config("--manifests m --node-ip fd00::1,192.0.2.1").unwrap().facts.prescribed;
+        assert_eq!(prescribed.v4, Some(parse_unicast("192.0.2.1").unwrap()));
+        assert_eq!(prescribed.v6, Some(parse_unicast("fd00::1").unwrap()));
+        assert_eq!(config("--manifests m --node-ip 192.0.2.1,192.0.2.2").unwrap_err(), ["node-ip"]);
+        assert_eq!(config("--manifests m --node-ip 0.0.0.0").unwrap_err(), ["node-ip"]);
     }
 }

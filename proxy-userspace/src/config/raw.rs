@@ -22,6 +22,24 @@ pub const METRICS_PORT: u16 = 10249;
 /// Flags of `shunt agent`.
 #[derive(Clone, Debug, Args)]
 pub struct AgentFlags {
+    /// Read options from this file: kube-proxy's configuration as it is, or one of Shunt
+    ///
+    /// An option that is typed wins over the file, the file over the default: `--config FILE --log-level debug` takes all but
+    /// the level from FILE. --kubernetes and --kubeconfig are one choice in this. A list that is typed replaces the file's. What
+    /// is in effect is shown by /configz on the metrics address. The file is read once, at start.
+    ///
+    /// YAML or JSON. An AgentConfiguration of shunt/v1alpha1 has a field for each option here, by its name in camel case
+    /// (`nodeName`, `socketLb`); lists are lists; an unknown field is an error. `shunt example config` prints one.
+    ///
+    /// A KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1, as in kubeadm's ConfigMap `kube-proxy`, makes the
+    /// Kubernetes API a source: by clientConnection.kubeconfig or, if that is empty, as --kubernetes. Read are also bindAddress
+    /// (as --node-ip; in IPv6 it moves the defaults of the next two to IPv6), healthzBindAddress, metricsBindAddress, clusterCIDR,
+    /// hostnameOverride, nodePortAddresses and logging.format. Null, zero and empty are the default. Services behave as in mode
+    /// nftables, whatever `mode` says; of detectLocalMode there is ClusterCIDR only. What else is set there is logged once, as
+    /// ignored or unknown.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
     /// Read services from a folder of Kubernetes YAML or JSON, and follow its changes
     ///
     /// Kinds: Service with EndpointSlice or Endpoints, Node, ServiceCIDR. Multi-document files, Lists and atomic symlink
@@ -52,8 +70,14 @@ pub struct AgentFlags {
     /// Name of this node in the sources [default: the host name in lower case]
     ///
     /// Endpoints with this node name are local: what traffic policy Local and topology hints speak of.
-    #[arg(long, value_name = "NAME", help_heading = "Node")]
+    #[arg(long, value_name = "NAME", visible_alias = "hostname-override", help_heading = "Node")]
     pub node_name: Option<String>,
+
+    /// Primary address of this node, one of each family [default: as the Node object says, else as routes say]
+    ///
+    /// It answers NodePorts where --nodeport-addresses is `primary`.
+    #[arg(long, value_name = "ADDR", value_delimiter = ',', help_heading = "Node")]
+    pub node_ip: Vec<String>,
 
     /// Where pods have their addresses; at most 8 prefixes
     ///

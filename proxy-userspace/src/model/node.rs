@@ -59,7 +59,7 @@ pub struct NodeFacts {
     pub cluster_cidrs: Box<[IpNet]>,
     /// Addresses bound to its devices, loopback included, IPv6 link-local left out; any order.
     pub addresses: Box<[LocalAddress]>,
-    /// Primary addresses that configuration prescribes; they beat those of the Node object.
+    /// Primary addresses that configuration prescribes (`--node-ip`); they beat those of the Node object.
     pub prescribed: PrimaryAddresses,
     /// Primary addresses as routing sees them; used where the Node object names none.
     pub routed: PrimaryAddresses,

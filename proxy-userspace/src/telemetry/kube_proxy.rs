@@ -9,7 +9,7 @@
 //! `/configz` is the effective configuration as a KubeProxyConfiguration, with the fields that mean something here; which
 //! others there are, and their defaults, is no business of this proxy. Pure, but for the metrics.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use hyper::StatusCode;
 use ipnet::IpNet;
@@ -19,7 +19,7 @@ use super::http::{Answer, Handler, Question};
 use super::metrics::Metrics;
 use crate::config::Config;
 use crate::config::raw::LogFormat;
-use crate::model::NodePortAddresses;
+use crate::model::{NodePortAddresses, PrimaryAddresses};
 use crate::source::kubernetes::access::Access;
 
 /// The mode of kube-proxy that services behave as in.
@@ -46,6 +46,7 @@ struct Configuration {
     api_version: &'static str,
     mode: &'static str,
     hostname_override: String,
+    bind_address: String,
     client_connection: ClientConnection,
     #[serde(rename = "clusterCIDR")]
     cluster_cidr: String,
@@ -91,6 +92,7 @@ impl Configuration {
             api_version: "kubeproxy.config.k8s.io/v1alpha1",
             mode: MODE,
             hostname_override: config.facts.name.to_string(),
+            bind_address: bind_address(&config.facts.prescribed),
             client_connection: ClientConnection { kubeconfig },
             cluster_cidr: cluster_cidrs.join(","),
             detect_local_mode: "ClusterCIDR",
@@ -112,6 +114,11 @@ impl Configuration {
             },
         }
     }
+}
+
+/// Which primary address is prescribed; with one of each family, that of IPv4. The wildcard prescribes none.
+fn bind_address(prescribed: &PrimaryAddresses) -> String {
+    prescribed.v4.or(prescribed.v6).map_or_else(|| Ipv4Addr::UNSPECIFIED.to_string(), |addr| addr.to_string())
 }
 
 fn texts(prefixes: &[IpNet]) -> impl Iterator<Item = String> {
@@ -201,12 +208,13 @@ mod tests {
     #[tokio::test]
     async fn the_effective_configuration_is_told_in_the_words_of_kube_proxy() {
         let flags = "--kubeconfig /etc/k --node-name node-a --cluster-cidr 10.244.0.0/16,fd00::/56 --log-format json \
-                     --nodeport-addresses 192.0.2.0/24 --healthz-bind-address [::] --metrics-bind-address=";
+                     --nodeport-addresses 192.0.2.0/24 --node-ip 192.0.2.7,fd00::7 --healthz-bind-address [::] --metrics-bind-address=";
         let expected = json!({
             "kind": "KubeProxyConfiguration",
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
             "mode": "nftables",
             "hostnameOverride": "node-a",
+            "bindAddress": "192.0.2.7",
             "clientConnection": {"kubeconfig": "/etc/k"},
             "clusterCIDR": "10.244.0.0/16,fd00::/56",
             "detectLocalMode": "ClusterCIDR",

@@ -455,7 +455,8 @@ impl Disk {
             return Vec::new();
         }
         let may_be_written = match look {
-            Look::AtOnce => false,
+            // It was whole when that was told; the next writer may have emptied it since.
+            Look::AtOnce => metadata.len() == 0 && !is_quiet(&metadata) && !is_closed(&path),
             Look::WhenClosed => !is_quiet(&metadata) && !is_closed(&path),
             Look::WhenQuiet => !is_quiet(&metadata),
         };
@@ -850,6 +851,12 @@ mod tests {
         assert!(disk.look_at("web.yaml", Look::WhenQuiet, &mut unsettled).is_empty());
         assert_eq!(unsettled, ["web.yaml"]);
         assert_eq!(disk.look_at("web.yaml", Look::AtOnce, &mut unsettled).len(), 1);
+        unsettled.clear();
+        let writer = fs::File::create(dir.path().join("web.yaml")).unwrap();
+        assert!(disk.look_at("web.yaml", Look::AtOnce, &mut unsettled).is_empty(), "the next one has begun");
+        assert_eq!(unsettled, ["web.yaml"]);
+        drop(writer);
+        assert_eq!(disk.look_at("web.yaml", Look::AtOnce, &mut unsettled).len(), 1, "it is empty on purpose");
         fs::remove_dir_all(dir.path()).unwrap();
         assert!(
             disk.look_at("web.yaml", Look::AtOnce, &mut unsettled).is_empty(),
