@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::Registry;
 use proxy_common::addr::Port;
@@ -52,12 +53,22 @@ const UPDATE_QUEUE: usize = 4096;
 /// Runs the agent until SIGTERM or SIGINT, or until a part fails. The datapath stays in either case.
 pub fn run(config: Config) -> Result<()> {
     sys::share_heap();
+    raise_open_files();
     let pins = Pins::new(&config.bpffs).with_version(config.layout_version);
     pins.prepare()?;
     let lock = pins.lock()?;
     let result = runtime()?.block_on(supervise(&config, &pins));
     drop(lock);
     result
+}
+
+/// Whoever connects to a listener takes a descriptor: those must not be what links and watches lack.
+fn raise_open_files() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// Two threads: one is enough for the work, the other keeps answering while a large plan is applied.
@@ -209,6 +220,7 @@ async fn build(
         status: status.clone(),
         attached: attached_sender,
         repairs: repairs.clone(),
+        unrepaired: Default::default(),
     };
     let refused = attachments.devices.watch_refused();
     attachments.take_over()?;

@@ -152,22 +152,30 @@ impl SocketLinks {
         Ok(Self { pins: pins.clone(), cgroup, cgroup_id, path: path.to_owned() })
     }
 
-    /// Makes the hooks of one direction run the given programs. Returns those that had no link before.
-    pub fn attach(&self, programs: &Programs, direction: Direction) -> Result<Vec<&'static str>, Error> {
-        let mut new = Vec::new();
-        for SocketHook(name, hook, _) in SOCKET_HOOKS.iter().filter(|hook| hook.2 == direction) {
-            let wanted = Wanted {
-                program: programs.get(name)?,
-                name,
-                target: LinkTarget::Cgroup(self.cgroup_id),
-                pin: self.pins.cgroup_links().join(name),
-            };
-            let create = || sys::link_cgroup(wanted.program, self.cgroup.as_fd(), *hook);
-            if wanted.ensure(create, || self.path.display().to_string())? == Link::New {
-                new.push(*name);
+    /// Makes the hooks of one direction run the given programs.
+    pub fn attach(&self, programs: &Programs, direction: Direction) -> Result<(), Error> {
+        let mut hooks = SOCKET_HOOKS.iter().filter(|hook| hook.2 == direction);
+        hooks.try_for_each(|hook| self.attach_one(programs, hook).map(drop))
+    }
+
+    fn attach_one(&self, programs: &Programs, SocketHook(name, hook, _): &SocketHook) -> Result<Link, Error> {
+        let wanted = Wanted {
+            program: programs.get(name)?,
+            name,
+            target: LinkTarget::Cgroup(self.cgroup_id),
+            pin: self.pins.cgroup_links().join(name),
+        };
+        let create = || sys::link_cgroup(wanted.program, self.cgroup.as_fd(), *hook);
+        wanted.ensure(create, || self.path.display().to_string())
+    }
+
+    /// Attaches again what is gone.
+    fn repair(&self, programs: &Programs, repair: &mut Repair) {
+        for direction in Direction::ORDER {
+            for hook in SOCKET_HOOKS.iter().filter(|hook| hook.2 == direction) {
+                repair.note(hook.0, &self.path.display(), self.attach_one(programs, hook));
             }
         }
-        Ok(new)
     }
 }
 
@@ -514,28 +522,26 @@ impl DeviceLinks {
         wanted.ensure(create, || device.name.clone())
     }
 
-    /// Attaches again what served devices have lost. Returns how many programs that were.
-    fn repair(&self, network: &Network) -> (u64, Vec<Error>) {
-        let (mut repaired, mut errors) = (0, Vec::new());
-        let mut note = |device: &Device, result: Result<Link, Error>| match result {
-            Ok(Link::Kept) => {}
-            Ok(Link::New) => {
-                repaired += 1;
-                warn!(device = device.name, "a program had been detached by somebody else; it is attached again");
-            }
-            Err(Error::Link { source, .. }) if is_gone(&source) => {}
-            Err(error) => errors.push(error),
-        };
+    /// Attaches again what served devices have lost.
+    fn repair(&self, network: &Network, repair: &mut Repair) {
         for (index, attached) in &self.attached {
             let Some(device) = network.devices.get(index) else { continue };
             for direction in Direction::ORDER {
-                note(device, self.attach_one(device, attached.attachment, direction));
+                let (program, result) = match direction {
+                    Direction::Reverse => ("egress", self.attach_one(device, attached.attachment, direction)),
+                    Direction::Forward => ("ingress", self.attach_one(device, attached.attachment, direction)),
+                };
+                repair.note(program, &device.name, result);
             }
             if attached.is_asked_for_xdp && !self.refused.borrow().contains_key(index) {
-                note(device, self.ensure_xdp(device));
+                match self.ensure_xdp(device) {
+                    Err(Error::Link { action: ATTACH, source, .. }) if !is_gone(&source) => {
+                        self.note_refusal(device, &source);
+                    }
+                    result => repair.note(XDP_PROGRAM, &device.name, result),
+                }
             }
         }
-        (repaired, errors)
     }
 
     /// Takes the programs off a device that shall have none.
@@ -639,6 +645,39 @@ pub struct Task {
     pub attached: watch::Sender<bool>,
     /// Programs that had been detached by somebody else, and were attached again.
     pub repairs: Counter,
+    /// Why some could not be, as it was told.
+    pub unrepaired: BTreeSet<String>,
+}
+
+/// What a look at all links comes to.
+#[derive(Default)]
+struct Repair {
+    /// Programs that were attached again.
+    done: u64,
+    /// Failures that were told at the last look.
+    known: BTreeSet<String>,
+    /// Those of this one.
+    failed: BTreeSet<String>,
+}
+
+impl Repair {
+    fn note(&mut self, program: &'static str, target: &dyn std::fmt::Display, result: Result<Link, Error>) {
+        match result {
+            Ok(Link::Kept) => {}
+            Ok(Link::New) => {
+                self.done += 1;
+                warn!(program, %target, "a program had been detached by somebody else; it is attached again");
+            }
+            Err(Error::Link { source, .. }) if is_gone(&source) => {}
+            Err(error) => {
+                let text = chain(&error).to_string();
+                if !self.known.contains(&text) {
+                    warn!(error = text, "a program that is gone cannot be attached again; it will be tried on");
+                }
+                self.failed.insert(text);
+            }
+        }
+    }
 }
 
 /// Between two looks at all links.
@@ -673,37 +712,34 @@ impl Task {
                     .for_each(|error| warn!(error = chain(error), "a device is not served, it will be tried again"));
                 backoff.next_wait()
             };
-            tokio::select! {
-                changed = self.network.changed() => if changed.is_err() { return Ok(()) },
-                changed = self.facts.changed() => if changed.is_err() { return Ok(()) },
-                () = tokio::time::sleep(retry) => {}
-                _ = inspection.tick() => self.repair(),
-                () = drain.wait() => return Ok(()),
+            let retry = tokio::time::sleep(retry);
+            tokio::pin!(retry);
+            loop {
+                tokio::select! {
+                    changed = self.network.changed() => if changed.is_err() { return Ok(()) },
+                    changed = self.facts.changed() => if changed.is_err() { return Ok(()) },
+                    () = &mut retry => {}
+                    _ = inspection.tick() => {
+                        self.repair();
+                        continue;
+                    }
+                    () = drain.wait() => return Ok(()),
+                }
+                break;
             }
         }
     }
 
     /// Attaches again what somebody else has detached.
-    fn repair(&self) {
-        let failed = |error: &Error| warn!(error = chain(error), "a program that is gone could not be attached again");
-        for direction in Direction::ORDER {
-            match self
-                .sockets
-                .as_ref()
-                .map_or(Ok(Vec::new()), |sockets| sockets.attach(self.devices.programs(), direction))
-            {
-                Ok(new) => {
-                    for program in &new {
-                        warn!(program, "a socket hook had been detached by somebody else; it is attached again");
-                    }
-                    self.repairs.inc_by(new.len() as u64);
-                }
-                Err(error) => failed(&error),
-            }
+    fn repair(&mut self) {
+        let mut repair = Repair { known: std::mem::take(&mut self.unrepaired), ..Repair::default() };
+        if let Some(sockets) = &self.sockets {
+            sockets.repair(self.devices.programs(), &mut repair);
         }
-        let (repaired, errors) = self.devices.repair(&self.network.borrow());
-        self.repairs.inc_by(repaired);
-        errors.iter().for_each(failed);
+        let network = self.network.borrow().clone();
+        self.devices.repair(&network, &mut repair);
+        self.repairs.inc_by(repair.done);
+        self.unrepaired = repair.failed;
     }
 
     /// Puts our programs in the place of an earlier agent's, without waiting for `status`: before anything writes the

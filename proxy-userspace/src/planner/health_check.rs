@@ -59,6 +59,14 @@ pub struct PlannedCheck {
 }
 
 impl PlannedCheck {
+    /// The same for a service that is not programmed.
+    pub fn without_endpoints(mut self) -> Self {
+        for family in Family::ALL {
+            *self.local_endpoints.get_mut(family) = self.local_endpoints.get(family).map(|_| 0);
+        }
+        self
+    }
+
     /// An address counts once, over however many ports it is ready; one that terminates does not count, also while it gets
     /// traffic for want of others (KEP-1669).
     pub fn new(port: Port, service: &Service, plans: &[PortPlan]) -> Self {

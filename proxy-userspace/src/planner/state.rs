@@ -59,7 +59,7 @@ pub struct State {
 }
 
 /// A service port in one family, as programmed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Port {
     pub id: ServiceId,
     /// The slots it holds; there may be more than are used.
@@ -247,6 +247,8 @@ impl State {
         for name in self.ports_of(&key).filter(|name| !wanted.contains(*name)).cloned().collect::<Vec<_>>() {
             self.withdraw_port(&name, work);
         }
+        let is_missing = self.refused.contains(&key) && self.ports_of(&key).next().is_none();
+        let health_check = health_check.map(|check| if is_missing { check.without_endpoints() } else { check });
         work.told.extend(self.checks.put(&key, created, health_check));
         self.set_problems(key, problems, work);
     }
@@ -266,7 +268,8 @@ impl State {
         }
     }
 
-    /// Takes ids and slots for a service port and puts its claims in; or changes nothing if there is no room.
+    /// Takes ids and slots for a service port and puts its claims in. If there is no room, it changes only who may dial what is
+    /// there.
     fn take_port(
         &mut self,
         name: Arc<PortName>,
@@ -278,7 +281,11 @@ impl State {
         if self.is_programmed(&name, plan, &layout, created) {
             return Ok(());
         }
-        let Reserved { id, stretch, leaving } = self.reserve(&name, plan, &layout)?;
+        let reserved = self.reserve(&name, plan, &layout);
+        if reserved.is_err() {
+            self.restrict(&name, plan, work);
+        }
+        let Reserved { id, stretch, leaving } = reserved?;
         let backends = self.list_backends(plan);
         let old = self.ports.remove(&name);
         let old_stretch = old.as_ref().map(|old| old.stretch).unwrap_or_default();
@@ -310,6 +317,30 @@ impl State {
         });
         self.ports.insert(name, port);
         Ok(())
+    }
+
+    /// Lets no more clients dial the frontends of a service port than its plan does, and no fewer; all else stays.
+    fn restrict(&mut self, name: &Arc<PortName>, plan: &PortPlan, work: &mut Work) {
+        let Some(mut port) = self.ports.remove(name) else { return };
+        let old = port.clone();
+        port.sources = plan.sources.iter().copied().collect();
+        for frontend in &mut port.frontends {
+            if let Some(planned) = plan.frontends.iter().find(|planned| planned.at == frontend.at) {
+                *frontend = *planned;
+            }
+        }
+        if (&old.frontends, &old.sources) != (&port.frontends, &port.sources) {
+            self.change_claims(name, Some(&old), &port, work);
+            work.ports.push(Touched {
+                name: name.clone(),
+                is_new: false,
+                has_new_slots: false,
+                old_record: old.record,
+                old_sources: old.sources,
+                leaving: Vec::new(),
+            });
+        }
+        self.ports.insert(name.clone(), port);
     }
 
     /// True if everything in the plan is programmed already.

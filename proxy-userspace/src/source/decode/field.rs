@@ -71,7 +71,10 @@ pub fn parse_unicast(text: &str) -> Result<Addr, String> {
 pub fn parse_cidr(text: &str) -> Result<IpNet, String> {
     let wrong = || format!("{text:?} is not an address prefix such as 10.96.0.0/16");
     let (addr, length) = text.trim().split_once('/').ok_or_else(wrong)?;
-    let addr = parse_ip(addr).ok_or_else(wrong)?;
+    let (addr, is_v6) = (parse_ip(addr).ok_or_else(wrong)?, addr.contains(':'));
+    if is_v6 && addr.is_ipv4() {
+        return Err(format!("{text:?} is an IPv4 prefix in the form of IPv6; write it as IPv4"));
+    }
     let length = length.parse().map_err(|_| wrong())?;
     Ok(IpNet::new(addr, length).map_err(|_| wrong())?.trunc())
 }
@@ -130,7 +133,7 @@ mod tests {
     fn prefixes_lose_their_host_bits() {
         assert_eq!(parse_cidr(" 10.96.3.4/16 ").unwrap().to_string(), "10.96.0.0/16");
         assert_eq!(parse_cidr("fd00::1/64").unwrap().to_string(), "fd00::/64");
-        for text in ["10.96.0.0", "10.96.0.0/33", "10.96.0.0/-1", "x/8", ""] {
+        for text in ["10.96.0.0", "10.96.0.0/33", "10.96.0.0/-1", "x/8", "", "::ffff:10.0.0.0/104"] {
             assert!(parse_cidr(text).is_err(), "{text}");
         }
     }

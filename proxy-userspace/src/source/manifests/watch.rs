@@ -455,9 +455,9 @@ impl Disk {
             return Vec::new();
         }
         let may_be_written = match look {
-            // It was whole when that was told; the next writer may have emptied it since.
-            Look::AtOnce => metadata.len() == 0 && !is_quiet(&metadata) && !is_closed(&path),
-            Look::WhenClosed => !is_quiet(&metadata) && !is_closed(&path),
+            // It was whole when that was told; the next writer may have begun since.
+            Look::AtOnce => !is_quiet(&metadata) && has_writer(&path) == Some(true),
+            Look::WhenClosed => !is_quiet(&metadata) && has_writer(&path) != Some(false),
             Look::WhenQuiet => !is_quiet(&metadata),
         };
         if may_be_written {
@@ -502,9 +502,9 @@ fn is_quiet(metadata: &Metadata) -> bool {
     !SystemTime::now().duration_since(modified).is_ok_and(|age| age < QUIET)
 }
 
-/// True if nobody has a file open for writing; false if that cannot be found out.
-fn is_closed(path: &Path) -> bool {
-    fs::File::open(path).and_then(|file| sys::has_writer(&file)).is_ok_and(|has_writer| !has_writer)
+/// True if somebody has a file open for writing; `None` if that cannot be found out.
+fn has_writer(path: &Path) -> Option<bool> {
+    fs::File::open(path).and_then(|file| sys::has_writer(&file)).ok()
 }
 
 #[cfg(test)]
