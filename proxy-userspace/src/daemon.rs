@@ -77,13 +77,14 @@ fn runtime() -> Result<Runtime> {
 }
 
 async fn supervise(config: &Config, pins: &Pins) -> Result<()> {
+    // Before any part runs: who sees the agent serve may ask it to end.
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let (trigger, drain) = drain::channel();
     let mut parts = Parts::default();
     let (closing, closed) = drain::channel();
     let mut listeners = Listeners { closed, parts: Parts::default() };
     build(config, pins, &drain, &mut parts, &mut listeners).await?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let failure = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
