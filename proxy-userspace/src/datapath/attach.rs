@@ -527,11 +527,9 @@ impl DeviceLinks {
         for (index, attached) in &self.attached {
             let Some(device) = network.devices.get(index) else { continue };
             for direction in Direction::ORDER {
-                let (program, result) = match direction {
-                    Direction::Reverse => ("egress", self.attach_one(device, attached.attachment, direction)),
-                    Direction::Forward => ("ingress", self.attach_one(device, attached.attachment, direction)),
-                };
-                repair.note(program, &device.name, result);
+                let pair = Pair::of(attached.attachment);
+                let program = if direction == Direction::Reverse { pair.egress } else { pair.ingress };
+                repair.note(program, &device.name, self.attach_one(device, attached.attachment, direction));
             }
             if attached.is_asked_for_xdp && !self.refused.borrow().contains_key(index) {
                 match self.ensure_xdp(device) {

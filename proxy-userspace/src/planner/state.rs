@@ -58,6 +58,9 @@ pub struct State {
     pub(super) remarks: BTreeSet<(ServiceKey, FrontendAddr, Remark)>,
 }
 
+/// Flags of a frontend that say who may dial it.
+const CLOSED: u32 = FrontendValue::RESTRICTED | FrontendValue::PACKETS_ONLY | FrontendValue::CLOSED_TO_NODE;
+
 /// A service port in one family, as programmed.
 #[derive(Clone, Debug)]
 pub(super) struct Port {
@@ -326,7 +329,7 @@ impl State {
         port.sources = plan.sources.iter().copied().collect();
         for frontend in &mut port.frontends {
             if let Some(planned) = plan.frontends.iter().find(|planned| planned.at == frontend.at) {
-                *frontend = *planned;
+                frontend.flags = frontend.flags & !CLOSED | planned.flags & CLOSED;
             }
         }
         if (&old.frontends, &old.sources) != (&port.frontends, &port.sources) {
