@@ -564,12 +564,18 @@ fn a_client_that_dials_anew_from_the_same_port_gets_its_answer() {
     assert_eq!(tuple_of(&at_client), dialled.reversed());
 }
 
-#[test]
-fn a_handshake_keeps_its_port_while_older_ones_are_to_be_had() {
+/// A world with a NodePort whose backend is elsewhere, and a hundred ports for rewritten sources.
+fn with_few_snat_ports() -> World {
     let mut world = World::new();
     world.config.snat_last = world.config.snat_first + 99;
     let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
     world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    world
+}
+
+#[test]
+fn a_handshake_keeps_its_port_while_older_ones_are_to_be_had() {
+    let world = with_few_snat_ports();
     let at_node = |client, sport| tuple(client, sport, "192.0.2.1", 30080, Proto::TCP);
     let mut sports = 33_000..;
     let mut forge = |count: usize| {
@@ -589,10 +595,7 @@ fn a_handshake_keeps_its_port_while_older_ones_are_to_be_had() {
 /// A backend remembers beginnings of one age: who meets one of them gets a port of another age when the SYN comes again.
 #[test]
 fn the_age_of_a_port_that_is_taken_over_varies() {
-    let mut world = World::new();
-    world.config.snat_last = world.config.snat_first + 99;
-    let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
-    world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    let world = with_few_snat_ports();
     let at_node = |client, sport| tuple(client, sport, "192.0.2.1", 30080, Proto::TCP);
     let mut held_since = std::collections::HashMap::new();
     let mut beginnings = 0..;
@@ -814,10 +817,7 @@ fn rewritten_sources_are_unique_to_the_last_port_and_then_refused() {
 
 #[test]
 fn forged_beginnings_keep_nobody_from_a_remote_backend() {
-    let mut world = World::new();
-    world.config.snat_last = world.config.snat_first + 99;
-    let service = world.add_service(&[("10.244.2.7", 80, false)], Proto::TCP);
-    world.add_frontend(service, "0.0.0.0", 30080, Proto::TCP, 0);
+    let world = with_few_snat_ports();
     let at_node = |client, sport| tuple(client, sport, "192.0.2.1", 30080, Proto::TCP);
     let before = open(&world, at_node("203.0.113.5", 40000));
     for sport in 33_000..34_000 {
