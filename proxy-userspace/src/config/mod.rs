@@ -361,18 +361,10 @@ fn check_level(text: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::{Args as _, FromArgMatches as _, Parser};
-
-    #[derive(Parser)]
-    struct Command {
-        #[command(flatten)]
-        flags: AgentFlags,
-    }
+    use clap::{Args as _, FromArgMatches as _};
 
     fn config(flags: &str) -> Result<Config, Vec<String>> {
-        let words = std::iter::once("agent").chain(flags.split_whitespace());
-        let flags = Command::try_parse_from(words).unwrap().flags;
-        Config::new(flags).map_err(|errors| errors.0.into_iter().map(name).collect())
+        Config::new(AgentFlags::parse_words(flags)).map_err(|errors| errors.0.into_iter().map(name).collect())
     }
 
     fn name(error: Error) -> String {

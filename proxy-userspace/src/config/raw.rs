@@ -241,3 +241,15 @@ pub enum LogFormat {
     /// One object a line
     Json,
 }
+
+#[cfg(test)]
+impl AgentFlags {
+    /// What words of a command line say.
+    pub fn parse_words(words: &str) -> Self {
+        use clap::{Args as _, FromArgMatches as _};
+
+        let command = Self::augment_args(clap::Command::new("agent").no_binary_name(true));
+        let matches = command.try_get_matches_from(words.split_whitespace()).expect("these are options");
+        Self::from_arg_matches(&matches).expect("they were parsed")
+    }
+}

@@ -163,23 +163,14 @@ impl Handler for Pages {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
     use prometheus_client::registry::Registry;
     use serde_json::{Value, json};
 
     use super::*;
     use crate::config::raw::AgentFlags;
 
-    #[derive(Parser)]
-    struct Command {
-        #[command(flatten)]
-        flags: AgentFlags,
-    }
-
     fn pages(flags: &str) -> Pages {
-        let words = std::iter::once("agent").chain(flags.split_whitespace());
-        let flags = Command::try_parse_from(words).unwrap().flags;
-        Pages::new(Metrics::new(Registry::default()), &Config::new(flags).unwrap())
+        Pages::new(Metrics::new(Registry::default()), &Config::new(AgentFlags::parse_words(flags)).unwrap())
     }
 
     async fn ask(pages: &Pages, path: &str) -> (u16, &'static str, String) {
