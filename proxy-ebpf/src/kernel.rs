@@ -178,12 +178,12 @@ impl Flows for Env<Device> {
 
     #[inline(always)]
     fn remove_established(&self, key: &FlowKey) {
-        let _ = maps::flows.remove(key);
+        tables::remove_established(key);
     }
 
     #[inline(always)]
     fn remove_pending(&self, key: &FlowKey) {
-        let _ = maps::flows_pending.remove(key);
+        tables::remove_pending(key);
     }
 
     #[inline(always)]

@@ -8,6 +8,8 @@
 //! | [`packet`], [`frame`] | the packet of a TC and of an XDP program: the only raw packet pointers of the project |
 //! | [`tables`] | `proxy-common`'s look-ups over the maps |
 //! | [`kernel`] | what only the kernel can tell: routes, neighbours, sockets, connection tracking |
+//! | [`dry_run`] | the programs as `shunt explain` runs them: nothing is changed |
+//! | [`events`] | what happens, while somebody watches |
 //! | [`answer`] | resets and unreachables |
 //! | [`hooks`] | the programs |
 #![no_std]
@@ -16,6 +18,8 @@
 
 mod answer;
 mod counter;
+mod dry_run;
+mod events;
 mod frame;
 mod hooks;
 mod kernel;

@@ -1,7 +1,7 @@
 //! Every map. Sizes marked "set at load" follow the agent's flags (`--max-services`, `--max-backends`, `--max-flows`).
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::address::{AddressClass, KEPT_WORDS, PORT_WORDS, PortWord};
 use proxy_common::abi::affinity::{AffinityKey, AffinityValue};
@@ -9,6 +9,7 @@ use proxy_common::abi::backend::BackendRecord;
 use proxy_common::abi::config::Config;
 use proxy_common::abi::counter::ServiceCounters;
 use proxy_common::abi::device::DeviceRecord;
+use proxy_common::abi::event::{EventRecord, Watch};
 use proxy_common::abi::flow::{FlowKey, FlowValue};
 use proxy_common::abi::fragment::{FragmentKey, FragmentValue};
 use proxy_common::abi::frontend::{FrontendKey, FrontendValue};
@@ -71,6 +72,14 @@ pub static flows_pending: LruHashMap<FlowKey, FlowValue, 262_144> = LruHashMap::
 #[btf_map]
 pub static flows: HashMap<FlowKey, FlowValue, 1_048_576, ON_DEMAND> = HashMap::new();
 
+/// What a dry run changes about `flows_pending` and `flows`: see `dry_run`. Empty where no dry run is made.
+#[btf_map]
+pub static dry_flows_pending: HashMap<FlowKey, FlowValue, 4_096, ON_DEMAND> = HashMap::new();
+
+/// Likewise.
+#[btf_map]
+pub static dry_flows: HashMap<FlowKey, FlowValue, 4_096, ON_DEMAND> = HashMap::new();
+
 /// Which backend a client had last.
 #[btf_map]
 pub static affinity: LruHashMap<AffinityKey, AffinityValue, 65_536> = LruHashMap::new();
@@ -94,6 +103,14 @@ pub static drop_counters: PerCpuArray<u64, 16> = PerCpuArray::new();
 /// Answers sent in the current second, to limit their rate.
 #[btf_map]
 pub static answers: PerCpuArray<[u32; 2], 1> = PerCpuArray::new();
+
+/// Who watches what happens, and what of it.
+#[btf_map]
+pub static watch: Array<Watch, 1> = Array::new();
+
+/// What happens, while somebody watches: some 2,000 events.
+#[btf_map]
+pub static events: RingBuf<EventRecord, 262_144> = RingBuf::new();
 
 /// Room for the flow entry that is being made: it would not fit on the stack.
 #[btf_map]

@@ -1,6 +1,6 @@
 //! `proxy-common`'s tables over the maps. The same for every program; what differs is the context in `C`.
 
-use crate::{counter, maps};
+use crate::{counter, dry_run, maps};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_loop};
@@ -105,6 +105,9 @@ impl<C> Tables for Env<C> {
 
     #[inline(always)]
     fn set_flows_of(&self, addr: &Addr) {
+        if dry_run::is_on() {
+            return;
+        }
         if let Some(class) = maps::addresses.get_ptr_mut(addr) {
             // SAFETY: one aligned word. The agent may replace it at the same time; it keeps this bit by reading first.
             unsafe { (*class).flags |= AddressClass::FLOWS };
@@ -122,6 +125,9 @@ impl<C> Tables for Env<C> {
 
     #[inline(always)]
     fn mark_port(&self, port: Port, usage: u64) {
+        if dry_run::is_on() {
+            return;
+        }
         let (word, shift) = kept_index(port);
         let shift = shift + kept_generation();
         if let Some(word) = maps::kept_ports.get_ptr_mut(word) {
@@ -207,6 +213,9 @@ impl<C> Tables for Env<C> {
 
     #[inline(always)]
     fn set_affinity(&self, key: &AffinityKey, value: &AffinityValue) {
+        if dry_run::is_on() {
+            return;
+        }
         // What cannot be remembered is picked anew.
         let _ = maps::affinity.insert(key, value, BPF_ANY as u64);
     }
@@ -225,6 +234,9 @@ impl<C> Tables for Env<C> {
 /// An established flow entry.
 #[inline(always)]
 pub fn established<'a>(key: &FlowKey) -> Option<FlowRef<'a>> {
+    if dry_run::is_on() {
+        return dry_run::established(key);
+    }
     // SAFETY: a map element, valid until the program ends.
     maps::flows.get_ptr_mut(key).map(|entry| unsafe { FlowRef::new(entry) })
 }
@@ -232,6 +244,9 @@ pub fn established<'a>(key: &FlowKey) -> Option<FlowRef<'a>> {
 /// A pending flow entry.
 #[inline(always)]
 pub fn pending<'a>(key: &FlowKey) -> Option<FlowRef<'a>> {
+    if dry_run::is_on() {
+        return dry_run::pending(key);
+    }
     // SAFETY: as in `established`.
     maps::flows_pending.get_ptr_mut(key).map(|entry| unsafe { FlowRef::new(entry) })
 }
@@ -239,6 +254,9 @@ pub fn pending<'a>(key: &FlowKey) -> Option<FlowRef<'a>> {
 /// Stores a pending entry.
 #[inline(always)]
 pub fn insert_pending(key: &FlowKey, value: &FlowValue, new_only: bool) -> bool {
+    if dry_run::is_on() {
+        return dry_run::insert_pending(key, value, new_only);
+    }
     let flags = if new_only { BPF_NOEXIST } else { BPF_ANY };
     maps::flows_pending.insert(key, value, flags as u64).is_ok()
 }
@@ -246,5 +264,26 @@ pub fn insert_pending(key: &FlowKey, value: &FlowValue, new_only: bool) -> bool 
 /// Copies a pending entry to the established ones.
 #[inline(always)]
 pub fn establish(key: &FlowKey, value: FlowRef<'_>) -> bool {
+    if dry_run::is_on() {
+        return dry_run::establish(key, value);
+    }
     value.with(|value| maps::flows.insert(key, value, BPF_NOEXIST as u64).is_ok())
+}
+
+/// Removes an established entry.
+#[inline(always)]
+pub fn remove_established(key: &FlowKey) {
+    if dry_run::is_on() {
+        return dry_run::remove_established(key);
+    }
+    let _ = maps::flows.remove(key);
+}
+
+/// Removes a pending entry.
+#[inline(always)]
+pub fn remove_pending(key: &FlowKey) {
+    if dry_run::is_on() {
+        return dry_run::remove_pending(key);
+    }
+    let _ = maps::flows_pending.remove(key);
 }

@@ -330,14 +330,19 @@ fn node_config(config: &Config, netns: u64) -> Result<NodeConfig> {
     Ok(NodeConfig {
         new_hash_key: [half(0), half(8)],
         netns,
-        flags: match config.socket_lb {
-            SocketLb::All => 0,
-            SocketLb::Host => ProgramConfig::SOCKETS_HOST_ONLY,
-            SocketLb::Off => ProgramConfig::SOCKETS_OFF,
-        },
+        flags: program_flags(config),
         snat: (Port(*config.snat_ports.start()), Port(*config.snat_ports.end())),
         local: node::local_port_range()?,
     })
+}
+
+fn program_flags(config: &Config) -> u32 {
+    let sockets = match config.socket_lb {
+        SocketLb::All => 0,
+        SocketLb::Host => ProgramConfig::SOCKETS_HOST_ONLY,
+        SocketLb::Off => ProgramConfig::SOCKETS_OFF,
+    };
+    sockets | if config.masquerade_all { ProgramConfig::MASQUERADE_ALL } else { 0 }
 }
 
 fn restored_state(config: &Config, loaded: &Loaded) -> Result<State> {

@@ -13,6 +13,7 @@
 //! | [`change`] | endpoints and frontends that come and go under traffic |
 //! | [`layout`] | tables of another version, of other sizes, under traffic |
 //! | [`handover`] | a successor takes over: connections end in their own time, new ones are its own |
+//! | [`explain`] | explanations come true and change nothing; what happens is told to who watches |
 //! | [`lifetime`] | agents that die and are replaced every second, under load |
 //! | [`flood`] | a million forged SYNs beside live connections |
 //! | [`xdp`] | the same with XDP on the uplink |
@@ -21,6 +22,7 @@
 
 mod bulk;
 mod change;
+mod explain;
 mod flood;
 mod fragment;
 mod hairpin;

@@ -91,6 +91,36 @@ fn rewritten_sources_are_the_nodes_with_reserved_ports() {
     }
 }
 
+/// Nobody who dials a ClusterIP is seen as himself: neither by a pod of the same node, nor by one of another, nor by himself.
+#[test]
+fn every_client_of_a_cluster_ip_is_masqueraded_where_that_is_wanted() {
+    for plan in [Plan { nodes: 2, ..Plan::default().strict() }, Plan { nodes: 2, ..Plan::bridge() }] {
+        let rig = Rig::build_with(plan, |agent| agent.with_flag("--masquerade-all"));
+        rig.cluster.route_vips(rig.node(0));
+        rig.apply(&[&NEAR.to(&rig.node(0).pods[0]), &FAR.to(&rig.node(1).pods[0])]);
+        let pod = &rig.node(0).pods[1];
+        for family in Family::ALL {
+            for offer in [&NEAR, &FAR] {
+                for proto in Proto::ALL {
+                    let to = offer.at(Frontend::ClusterIp, rig.node(0), family);
+                    for place in [&pod.place, &pod.place.unhooked()] {
+                        let answer = proto.ask(place, to).unwrap_or_else(|failure| panic!("{to} {proto:?}: {failure}"));
+                        assert!(
+                            node_sources(&rig, family).contains(&answer.seen_client.ip()),
+                            "{to} {proto:?}: {answer:?}"
+                        );
+                        assert_eq!(answer.peer, to);
+                    }
+                }
+            }
+            // What is no ClusterIP is as ever.
+            let to = NEAR.at(Frontend::External, rig.node(0), family);
+            let answer = pod.place.unhooked().tcp(to).expect("it is served");
+            assert_eq!(answer.seen_client.ip(), pod.addrs.get(family));
+        }
+    }
+}
+
 /// A port that the kernel gives to nobody stays the client's own, for protocols that look at it.
 #[test]
 fn a_low_source_port_is_kept_behind_a_rewritten_source() {

@@ -70,6 +70,8 @@ impl Config {
     pub const SOCKETS_HOST_ONLY: u32 = 1;
     /// Socket hooks serve nobody (`--socket-lb off`).
     pub const SOCKETS_OFF: u32 = 1 << 1;
+    /// Whoever dials a ClusterIP is seen by the backend as this node (`--masquerade-all`).
+    pub const MASQUERADE_ALL: u32 = 1 << 2;
 
     /// True while flows are neither opened nor removed.
     #[inline(always)]

@@ -86,6 +86,8 @@ impl FlowValue {
     pub const WANTS_MAC: u32 = 1 << 4;
     /// The client's own port towards the backend was known to be another connection's when the flow was opened.
     pub const ALIAS: u32 = 1 << 5;
+    /// In the tables of a dry run: the entry has been removed.
+    pub const GONE: u32 = 1 << 31;
 
     /// True if any of `flags` is set.
     #[inline(always)]

@@ -18,11 +18,14 @@
 //! | `backends` | mapped array | backend id | [`backend::BackendRecord`] |
 //! | `flows_pending` | LRU hash | [`flow::FlowKey`] | [`flow::FlowValue`] |
 //! | `flows` | hash, never evicts | [`flow::FlowKey`] | [`flow::FlowValue`] |
+//! | `dry_flows_pending`, `dry_flows` | hashes of a dry run's own | [`flow::FlowKey`] | [`flow::FlowValue`] |
 //! | `affinity` | LRU hash | [`affinity::AffinityKey`] | [`affinity::AffinityValue`] |
 //! | `fragments` | LRU hash | [`fragment::FragmentKey`] | [`fragment::FragmentValue`] |
 //! | `devices` | hash | interface index | [`device::DeviceRecord`] |
 //! | `service_counters` | per-CPU array | service id | [`counter::ServiceCounters`] |
 //! | `drop_counters` | per-CPU array | [`crate::verdict::DropReason`] | packets, `u64` |
+//! | `watch` | array, 1 | 0 | [`event::Watch`] |
+//! | `events` | ring buffer | | [`event::EventRecord`] |
 //! | `sockets`, `sockets_udp` | socket storage | socket | [`socket::SocketEntry`], [`socket::SocketTable`] |
 #![expect(unsafe_code, reason = "the Pod argument and the shared flow record are written here, once")]
 
@@ -32,6 +35,7 @@ pub mod backend;
 pub mod config;
 pub mod counter;
 pub mod device;
+pub mod event;
 pub mod flow;
 pub mod fragment;
 pub mod frontend;

@@ -12,6 +12,7 @@
 //! the opposite end of the quote changed too.
 
 use crate::abi::address::{AddressClass, PortUse};
+use crate::abi::config::Config;
 use crate::abi::flow::{FlowKey, FlowRef, FlowValue};
 use crate::abi::fragment::{FragmentKey, FragmentValue};
 use crate::abi::frontend::FrontendValue;
@@ -850,7 +851,7 @@ fn no_frontend<F: Flows>(flows: &F, packet: &Parsed, opens: bool) -> Unopened {
 
 /// True if the client is this node itself, or has an address of the cluster.
 #[inline(never)]
-fn is_inside<T: Tables>(flows: &T, tuple: &Tuple) -> bool {
+pub fn is_inside<T: Tables>(flows: &T, tuple: &Tuple) -> bool {
     flows.config().is_some_and(|config| config.is_cluster_address(&tuple.src))
         || flows.address(&tuple.src).has(AddressClass::NODE)
 }
@@ -869,18 +870,20 @@ fn client_of<F: Flows>(flows: &F, tuple: &Tuple, service: u32) -> Client {
     }
 }
 
-/// True if replies would not come back through this node unless the source is rewritten.
+/// True if replies would not come back through this node unless the source is rewritten, or if it always is.
 #[inline(always)]
 fn needs_snat<F: Flows>(flows: &F, tuple: &Tuple, frontend: FrontendValue, pick: &Pick) -> bool {
     if pick.backend.addr == tuple.src {
         return true;
     }
-    if pick.backend.is_local() {
-        return false;
+    let to_cluster_ip = frontend.has(FrontendValue::CLUSTER_IP);
+    let always = to_cluster_ip && flows.config().is_some_and(|config| config.has(Config::MASQUERADE_ALL));
+    if always || pick.backend.is_local() {
+        return always;
     }
     match flows.config() {
         Some(config) => {
-            let from_cluster = frontend.has(FrontendValue::CLUSTER_IP) && config.is_cluster_address(&tuple.src);
+            let from_cluster = to_cluster_ip && config.is_cluster_address(&tuple.src);
             !from_cluster && !config.is_own_pod_address(&tuple.src)
         }
         None => true,

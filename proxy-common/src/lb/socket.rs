@@ -67,10 +67,13 @@ pub fn dial<T: Tables>(tables: &T, dial: &Dial, connects: bool) -> Verdict {
         };
     };
     // Two services with one backend would make two connections with the same ends (EADDRNOTAVAIL); the packet path can
-    // tell them apart. The node's own packets do not pass it.
+    // tell them apart. It alone rewrites sources. The node's own packets do not pass it.
     let left_to_packets = match of_node {
         true => found.value.has(FrontendValue::CLOSED_TO_NODE),
-        false => connects && dial.bound || found.value.has(FrontendValue::PACKETS_ONLY),
+        false => {
+            let masqueraded = config.has(Config::MASQUERADE_ALL) && found.value.has(FrontendValue::CLUSTER_IP);
+            connects && dial.bound || found.value.has(FrontendValue::PACKETS_ONLY) || masqueraded
+        }
     };
     if left_to_packets {
         return Verdict::Leave;
@@ -124,6 +127,12 @@ pub fn recall<T: Tables>(tables: &T, table: &mut SocketTable, addr: &Addr, port:
         }
     }
     None
+}
+
+/// True if datagrams of the socket to a frontend went to some backend before.
+#[inline(always)]
+pub fn is_known(table: &SocketTable, addr: &Addr, port: Be16) -> bool {
+    table.entries.iter().any(|entry| entry.service != 0 && entry.frontend_port == port && entry.frontend == *addr)
 }
 
 /// The entry whose answer a datagram is that came from this address.

@@ -7,7 +7,7 @@ use super::world::{World, addr, tuple};
 use crate::abi::address::AddressClass;
 use crate::abi::flow::FlowKey;
 use crate::abi::frontend::FrontendValue;
-use crate::addr::{Addr, Proto};
+use crate::addr::{Addr, Port, Proto};
 use crate::lb::flow::{Hot, Seconds, is_expired};
 use crate::tables::{Neighbour, Tracked};
 use crate::verdict::{DropReason, Refusal};
@@ -1188,5 +1188,35 @@ fn later_fragments_go_where_the_first_went() {
     match egress(&world, &mut parsed) {
         Verdict::Rewrite(rewrite) => assert_eq!(rewrite.addr, tuple_of(&arrived).src),
         other => assert_eq!((other, tuple_of(&arrived).src), (Verdict::Pass, addr("203.0.113.5"))),
+    }
+}
+
+#[test]
+fn a_cluster_ip_masquerades_everybody_where_that_is_wanted_and_nothing_else_does() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut world = with_service(proto);
+        world.config.flags |= crate::abi::config::Config::MASQUERADE_ALL;
+        world.source = Some(addr("192.0.2.1"));
+        // Enough connections to meet the backends here and elsewhere.
+        for port in 2000..2040 {
+            let connection = open(&world, tuple("10.244.1.50", port, "10.96.0.10", 80, proto));
+            assert_eq!(connection.seen.src, addr("192.0.2.1"), "{:?}", connection.seen);
+            let connection = open(&world, tuple("10.244.1.50", port, "198.51.100.9", 80, proto));
+            assert_eq!(connection.seen.src, addr("10.244.1.50"), "{:?}", connection.seen);
+        }
+        // Sockets of pods are left to packets, which alone can do that.
+        let dialled = |netns, text| crate::lb::socket::Dial {
+            addr: addr(text),
+            port: Port(80).be(),
+            proto,
+            socket: 7,
+            netns,
+            bound: false,
+            now: world.now.get(),
+        };
+        use crate::lb::socket::{Verdict, dial};
+        assert_eq!(dial(&world, &dialled(2, "10.96.0.10"), true), Verdict::Leave);
+        assert!(matches!(dial(&world, &dialled(1, "10.96.0.10"), true), Verdict::Translate(_)));
+        assert!(matches!(dial(&world, &dialled(2, "198.51.100.9"), true), Verdict::Translate(_)));
     }
 }

@@ -4,6 +4,7 @@
 //! storage and shown to it again. An answer of 1 lets the call go on; 0 makes it fail with the error set before.
 
 use crate::counter;
+use crate::events;
 use crate::maps;
 use crate::tables::{Env, now};
 use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr};
@@ -13,8 +14,11 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
+use proxy_common::abi::event::EventKind;
+use proxy_common::abi::socket::SocketEntry;
 use proxy_common::addr::{Addr, Be16, Proto};
 use proxy_common::lb::socket::{self, Dial, Verdict};
+use proxy_common::verdict::DropReason;
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -182,6 +186,21 @@ fn forget<T>(map: &SkStorage<T>, call: &Call) {
     unsafe { bpf_sk_storage_delete(core::ptr::from_ref(map).cast_mut().cast(), call.socket().cast()) };
 }
 
+/// A process was sent to a backend.
+#[inline(always)]
+fn tell(kind: EventKind, dial: &Dial, entry: &SocketEntry) {
+    let to = events::Backend { addr: entry.backend, port: entry.backend_port, service: entry.service };
+    events::socket(kind, dial, Some(&to), 0);
+}
+
+/// A process is refused.
+#[inline(always)]
+fn refuse(call: &Call, dial: &Dial, reason: DropReason) -> i32 {
+    counter::drop(reason);
+    events::socket(EventKind::SocketRefused, dial, None, reason as u32);
+    call.refuse()
+}
+
 /// What the socket sent before it is connected has no answers any more: the kernel takes none but the peer's.
 #[inline(always)]
 fn forget_datagrams(call: &Call, proto: Proto) {
@@ -194,7 +213,8 @@ fn forget_datagrams(call: &Call, proto: Proto) {
 fn connect(call: &Call) -> i32 {
     let Some(proto) = call.proto() else { return ALLOW };
     let env = Env { ctx: () };
-    match socket::dial(&env, &call.dial(proto), true) {
+    let dial = call.dial(proto);
+    match socket::dial(&env, &dial, true) {
         Verdict::Leave => {
             // The socket may have dialled a frontend before: a UDP socket is connected anew, a TCP connect failed.
             forget(&maps::sockets, call);
@@ -207,12 +227,10 @@ fn connect(call: &Call) -> i32 {
             *stored = entry;
             forget_datagrams(call, proto);
             call.set(&entry.backend, entry.backend_port);
+            tell(EventKind::Socket, &dial, &entry);
             ALLOW
         }
-        Verdict::Reject(reason) => {
-            counter::drop(reason);
-            call.refuse()
-        }
+        Verdict::Reject(reason) => refuse(call, &dial, reason),
     }
 }
 
@@ -244,14 +262,14 @@ fn sendmsg(call: &Call) -> i32 {
         }
         Verdict::Translate(entry) => {
             let Some(table) = storage(&maps::sockets_udp, call, true) else { return ALLOW };
+            let kind =
+                if socket::is_known(table, &dial.addr, dial.port) { EventKind::SocketMoved } else { EventKind::Socket };
             socket::store(table, &entry);
             call.set(&entry.backend, entry.backend_port);
+            tell(kind, &dial, &entry);
             ALLOW
         }
-        Verdict::Reject(reason) => {
-            counter::drop(reason);
-            call.refuse()
-        }
+        Verdict::Reject(reason) => refuse(call, &dial, reason),
     }
 }
 

@@ -3,6 +3,7 @@
 
 use crate::answer;
 use crate::counter;
+use crate::events;
 use crate::kernel::Device;
 use crate::maps;
 use crate::packet::SkBuff;
@@ -193,6 +194,9 @@ pub fn create(ctx: TcContext) -> i32 {
     let (parsed, target) = unsafe { (parsed.assume_init_ref(), room.assume_init_ref()) };
     let env = Env { ctx: Device { skb, is_port: place.is_port } };
     let verdict = packet::create(&env, parsed, target);
+    if matches!(verdict, Verdict::Rewrite(_)) {
+        events::flow(skb.ifindex(), &parsed.tuple, target);
+    }
     act_apart(skb, place, parsed, verdict)
 }
 
@@ -345,6 +349,10 @@ fn act(skb: SkBuff, place: Place, parsed: &Parsed, verdict: Verdict) -> i32 {
 #[inline(always)]
 fn refuse(skb: SkBuff, place: Place, reason: DropReason, refusal: Refusal) -> i32 {
     counter::drop(reason);
+    if let Some(parsed) = parsed_room() {
+        // SAFETY: all that refuse have filled it.
+        events::drop(skb.ifindex(), unsafe { &parsed.assume_init_ref().tuple }, reason);
+    }
     if refusal == Refusal::Reject {
         go_on(skb, place, Continuation::Answer);
     }

@@ -16,6 +16,7 @@
 
 use crate::answer;
 use crate::counter;
+use crate::events;
 use crate::frame::Frame;
 use crate::maps;
 use crate::tables::{self, Env};
@@ -98,5 +99,6 @@ fn translate(mut frame: Frame, parsed: &Parsed, change: &packet::Rewrite) -> u32
 #[inline(always)]
 fn refuse(frame: Frame, parsed: &Parsed, reason: DropReason, refusal: Refusal) -> u32 {
     counter::drop(reason);
+    events::drop(frame.ifindex(), &parsed.tuple, reason);
     if refusal == Refusal::Reject && answer::reset_frame(frame, parsed) { XDP_TX } else { XDP_DROP }
 }

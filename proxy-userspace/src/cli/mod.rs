@@ -4,11 +4,15 @@
 //! |---|---|
 //! | [`agent`] | agent |
 //! | [`show`] | status, services, backends, flows |
+//! | [`explain`] | explain |
+//! | [`monitor`] | monitor |
 //! | [`cleanup`] | cleanup |
 //! | [`table`] | (how lists are printed) |
 
 mod agent;
 mod cleanup;
+mod explain;
+mod monitor;
 mod show;
 mod table;
 
@@ -84,6 +88,29 @@ Examples:
 A connection is listed while packets carry it. Those that a socket hook translated at connect are not: the kernel keeps
 them as plain connections to the backend (`ss -t` shows them).";
 
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  sudo shunt explain 10.244.1.5 10.96.0.10:53 udp      a pod of this node asks the name service
+  sudo shunt explain 203.0.113.7 192.0.2.1:30080       somebody outside dials a NodePort of this node
+  sudo shunt explain 10.244.1.5 10.96.0.10:80 --by packet    the same for a process that no socket hook sees
+  sudo shunt explain 203.0.113.7 192.0.2.1:443 --device eth1 -o json | jq -r .result
+
+Nothing is sent, opened or counted. The packet programs run on a made packet, over the tables that count, hook by hook in the
+order of the packet's way, and then on the answer to it; routes, neighbours and bridges are the kernel's own; what sockets
+get is decided by the same code as in the kernel. Firewalls are not asked. The programs are those of this binary: after
+an upgrade, restart the agent first.";
+
+const MONITOR_EXAMPLES: &str = "\
+Examples:
+  sudo shunt monitor                                  all that happens
+  sudo shunt monitor --kinds drop,refused             what is refused, and why
+  sudo shunt monitor --service shop/ --address 10.244.1.5 --for 1m
+  sudo shunt monitor -o json | jq -r 'select(.kind == \"moved\") | .backend'
+
+Told is the beginning of a connection, never its other packets; of a process that sends datagrams, each service that it
+sends to for the first time. Works without an agent. While nobody watches, nothing is told and nothing is spent. One can
+watch at a time.";
+
 const CLEANUP_HELP: &str = "\
 Refused while an agent runs. Nothing that others attached, mounted or reserved is touched. Running it twice is the same as
 once.
@@ -126,6 +153,12 @@ enum Command {
     /// Connections that packets made (translated sockets need no record)
     #[command(after_help = FLOWS_EXAMPLES)]
     Flows(ShowArgs),
+    /// What would become of a connection, and why: hook by hook, without sending anything
+    #[command(after_help = EXPLAIN_EXAMPLES)]
+    Explain(explain::ExplainArgs),
+    /// Connections as they are opened, moved and refused, as it happens
+    #[command(after_help = MONITOR_EXAMPLES)]
+    Monitor(monitor::MonitorArgs),
     /// Detach and remove everything that is pinned; traffic to services stops, or goes on by a successor with --drain
     #[command(after_help = CLEANUP_HELP)]
     Cleanup(CleanupArgs),
@@ -273,6 +306,8 @@ fn execute(command: Command) -> Result<()> {
         Command::Services(args) => show::services(&args),
         Command::Backends(args) => show::backends(&args),
         Command::Flows(args) => show::flows(&args),
+        Command::Explain(args) => explain::run(&args),
+        Command::Monitor(args) => monitor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args.pins.pins(), args.drain),
         Command::Version => {
             print(&format!("shunt {}\ntable layout {}\n", env!("CARGO_PKG_VERSION"), proxy_common::abi::ABI_VERSION))

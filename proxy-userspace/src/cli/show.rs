@@ -21,7 +21,13 @@ use crate::telemetry::source::{OutageReport, SourceReport};
 
 fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
     let pins = args.pins.pins();
-    let maps = MapFds::open_pinned(&pins)?;
+    let maps = open_maps(&pins)?;
+    Ok((pins, maps))
+}
+
+/// The tables that count, if this program can read them.
+pub(super) fn open_maps(pins: &Pins) -> Result<MapFds> {
+    let maps = MapFds::open_pinned(pins)?;
     let others = pins.layouts()?;
     if maps.get("services").is_err() {
         match others.last() {
@@ -32,7 +38,7 @@ fn open(args: &ShowArgs) -> Result<(Pins, MapFds)> {
             ),
         }
     }
-    Ok((pins, maps))
+    Ok(maps)
 }
 
 /// What `shunt status` shows.

@@ -45,6 +45,8 @@ pub struct Config {
     pub cgroup: Option<PathBuf>,
     /// Whose sockets are translated.
     pub socket_lb: SocketLb,
+    /// Backends see clients of a ClusterIP as this node.
+    pub masquerade_all: bool,
     /// Which devices get programs.
     pub devices: Choice,
     /// Ports for rewritten sources.
@@ -223,6 +225,7 @@ impl Config {
             facts,
             cgroup: flags.cgroup,
             socket_lb: flags.socket_lb,
+            masquerade_all: flags.masquerade_all,
             devices: Choice { only: flags.devices, except: flags.exclude_devices, xdp: flags.xdp },
             snat_ports,
             sizes,

@@ -86,6 +86,13 @@ pub struct AgentFlags {
     #[arg(long, value_name = "CIDR", value_delimiter = ',', help_heading = "Node")]
     pub cluster_cidr: Vec<String>,
 
+    /// Backends see every client of a ClusterIP as this node, clients inside the cluster too
+    ///
+    /// For networks in which a backend's answer to a client would not come back by the way the question took. Sockets of pods
+    /// are then left to the packet path, which alone rewrites sources.
+    #[arg(long, help_heading = "Node")]
+    pub masquerade_all: bool,
+
     /// Which addresses of this node answer NodePorts: primary, all, or prefixes
     ///
     /// `primary` is the node's main address of each family, `all` every one. On loopback they answer this node's own

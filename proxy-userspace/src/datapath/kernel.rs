@@ -230,13 +230,14 @@ pub(super) fn on_map(action: &'static str, name: &str) -> impl FnOnce(io::Error)
 
 /// Maps that outlive the programs: what `proxy_common::abi` lays out, and the marks of kept source ports. All other maps
 /// belong to one load of the programs, which keep them alive: scratch space of one version is never read by another.
-const SHARED: [&str; 19] = [
+const SHARED: [&str; 21] = [
     "addresses",
     "affinity",
     "backends",
     "config",
     "devices",
     "drop_counters",
+    "events",
     "flows",
     "flows_pending",
     "fragments",
@@ -250,6 +251,7 @@ const SHARED: [&str; 19] = [
     "sockets",
     "sockets_udp",
     "source_ranges",
+    "watch",
 ];
 
 /// Map of the programs in which others go on.
@@ -345,11 +347,25 @@ impl Loader {
 
     /// Maps in `directory`, where some or all may be pinned already, and programs.
     fn load(self, directory: &Path, adopted: bool) -> Result<Loaded, Error> {
-        let mut ebpf = make_maps(&self.object, directory, &self.sizes, &self.kernel, &self.declared)?;
-        let programs = load_programs(&mut ebpf)?;
+        let status = self.conntrack_status();
+        let mut loader = loader(&status);
+        for (name, capacity) in self.sizes.by_map() {
+            loader.map_max_entries(name, capacity);
+        }
+        for name in self.declared.keys() {
+            loader.map_pin_path(name, directory.join(name));
+        }
+        let mut ebpf = loader.load(&self.object).map_err(|error| Error::Load(Box::new(error)))?;
+        let programs = load_programs(&mut ebpf, |_| true)?;
         let continuations = Continuations::fill(&ebpf, &programs)?;
         let maps = open_maps(directory, &self.declared)?;
         Ok(Loaded { maps, programs, continuations, missing_kfuncs: self.missing_kfuncs, adopted, handover: None })
+    }
+
+    /// Where a connection of the kernel's conntrack says how it is translated. Zero: not known, the programs then take every
+    /// connection for untranslated.
+    fn conntrack_status(&self) -> u32 {
+        self.kernel.offset(CONNTRACK_STATUS).unwrap_or(0)
     }
 
     /// There is nothing to take over. What there may be is of a version that cannot be read; it counts for those who read it
@@ -422,31 +438,87 @@ fn declared_maps(object: &[u8], sizes: &Sizes) -> Result<layout::Maps, Error> {
 /// The field of a connection of the kernel's conntrack that says how it is translated.
 const CONNTRACK_STATUS: Field = Field { structure: "nf_conn", field: "status" };
 
-fn make_maps(
-    object: &[u8],
-    directory: &Path,
-    sizes: &Sizes,
-    kernel: &btf::Answers,
-    declared: &layout::Maps,
-) -> Result<aya::Ebpf, Error> {
+/// A loader that knows where [`Loader::conntrack_status`] is.
+fn loader(conntrack_status: &u32) -> EbpfLoader<'_> {
     let mut loader = EbpfLoader::new();
     // No program reads kernel structures by BTF: nothing to relocate.
     loader.btf(None);
-    for (name, capacity) in sizes.by_map() {
-        loader.map_max_entries(name, capacity);
-    }
-    for name in declared.keys() {
-        loader.map_pin_path(name, directory.join(name));
-    }
-    // Zero: not known, the programs then take every connection for untranslated.
-    let status = kernel.offset(CONNTRACK_STATUS).unwrap_or(0);
-    loader.override_global("NF_CONN_STATUS", &status, false);
-    loader.load(object).map_err(|error| Error::Load(Box::new(error)))
+    loader.override_global("NF_CONN_STATUS", conntrack_status, false);
+    loader
 }
 
-fn load_programs(ebpf: &mut aya::Ebpf) -> Result<Programs, Error> {
+/// Shared maps that a dry run looks things up in; all others are its own, counters among them.
+const LOOKED_UP: [&str; 14] = [
+    "addresses",
+    "affinity",
+    "backends",
+    "config",
+    "devices",
+    "flows",
+    "flows_pending",
+    "frontends",
+    "kept_ports",
+    "ports",
+    "service_names",
+    "services",
+    "slots",
+    "source_ranges",
+];
+
+/// What [`load_dry_run`] leaves behind.
+pub(super) struct DryRun {
+    /// The programs, to be run.
+    pub ebpf: aya::Ebpf,
+    /// The tables that count, and the dry run's own.
+    pub maps: MapFds,
+    /// To be kept while the programs are run.
+    pub _continuations: Continuations,
+}
+
+/// Loads those programs of `object` that have one of `names`, and those they go on in, for a dry run over the tables that
+/// count: see `dry_run` in the eBPF crate.
+pub(super) fn load_dry_run(object: &[u8], pins: &Pins, names: &[&str]) -> Result<DryRun, Error> {
+    let unreadable = |_| Error::Missing { kind: "layout below", name: pins.base().display().to_string() };
+    let current = pins.current()?.ok_or(()).map_err(unreadable)?;
+    let pinned = MapFds::open_in(&pins.maps(current))?;
+    let described = pinned.describe()?;
+    let capacity = |name: &str| described.get(name).map_or(1, |info| info.max_entries);
+    let sizes = Sizes { services: capacity("services"), backends: capacity("backends"), flows: 1 };
+    let object = Loader::new(object, &sizes)?;
+    layout::steps(&described, &object.declared).map_err(Error::Layout)?;
+
+    let status = object.conntrack_status();
+    let mut loader = loader(&status);
+    loader.override_global("DRY_RUN", &1_u32, true);
+    // Nothing is counted there.
+    loader.map_max_entries("service_counters", 1);
+    for name in LOOKED_UP {
+        loader.map_pin_path(name, pins.maps(current).join(name));
+    }
+    let mut ebpf = loader.load(&object.object).map_err(|error| Error::Load(Box::new(error)))?;
+    let continues = |name: &str| Continuation::ALL.iter().any(|continuation| continuation.name() == name);
+    let programs = load_programs(&mut ebpf, |name| names.contains(&name) || continues(name))?;
+    let continuations = Continuations::fill(&ebpf, &programs)?;
+    let mut maps = pinned;
+    for name in ["dry_flows", "dry_flows_pending", "drop_counters"] {
+        let missing = || Error::Missing { kind: "map", name: name.to_owned() };
+        let map = ebpf.map(name).and_then(map_fd).ok_or_else(missing)?;
+        maps.0.insert(name.to_owned(), sys::duplicate(map).map_err(on_map("duplicate", name))?);
+    }
+    Ok(DryRun { ebpf, maps, _continuations: continuations })
+}
+
+/// The descriptor of a map of one of the kinds that a dry run has for itself.
+fn map_fd(map: &Map) -> Option<BorrowedFd<'_>> {
+    match map {
+        Map::HashMap(map) | Map::PerCpuArray(map) => Some(map.fd().as_fd()),
+        _ => None,
+    }
+}
+
+fn load_programs(ebpf: &mut aya::Ebpf, wants: impl Fn(&str) -> bool) -> Result<Programs, Error> {
     let mut programs = BTreeMap::new();
-    for (name, program) in ebpf.programs_mut() {
+    for (name, program) in ebpf.programs_mut().filter(|(name, _)| wants(name)) {
         let refused = |source| Error::Program { name: name.to_owned(), source: Box::new(source) };
         programs.insert(name.to_owned(), load_program(program).map_err(refused)?);
     }

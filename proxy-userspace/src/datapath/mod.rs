@@ -22,6 +22,10 @@
 //! | [`backlog`] | operations that were refused, and those behind them |
 //! | [`progress`] | what the reconciler tells about its work |
 //! | [`restore`] | what the pinned tables say |
+//! | [`lookup`] | `proxy-common`'s look-ups over the pinned tables |
+//! | [`dry_run`] | the packet programs run on made packets, changing nothing |
+//! | [`route`] | where the kernel would send a packet |
+//! | [`monitor`] | what the programs tell while somebody watches |
 //! | [`inspect`] | tables and attachments in words |
 //! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
@@ -46,6 +50,7 @@ pub mod btf;
 pub mod carry;
 pub mod convert;
 pub mod device;
+pub mod dry_run;
 pub mod fake;
 pub mod handover;
 pub mod inspect;
@@ -53,8 +58,10 @@ pub mod kept;
 pub mod kernel;
 pub mod kfunc;
 pub mod layout;
+pub mod lookup;
 pub mod maps;
 pub mod metrics;
+pub mod monitor;
 pub mod netfilter;
 pub mod network;
 pub mod node;
@@ -66,6 +73,7 @@ pub mod progress;
 pub mod reconcile;
 pub mod reserve;
 pub mod restore;
+pub mod route;
 pub mod sweep;
 pub mod sys;
 pub mod withdraw;

@@ -196,6 +196,17 @@ impl Pins {
         }
     }
 
+    /// The right to read the events of the programs; nothing if somebody else has it. Released when dropped.
+    pub fn lock_events(&self) -> Result<Option<File>, Error> {
+        let directory = self.base.join("links");
+        let file = File::open(&directory).map_err(at("open", &directory))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(source)) => Err(at("lock", &directory)(source)),
+        }
+    }
+
     fn ensure_bpffs(&self) -> Result<(), Error> {
         if is_bpffs(&self.base)? {
             return create_directory(&self.base);
