@@ -32,7 +32,7 @@ use crate::datapath::object::OBJECT;
 use crate::datapath::pins::{LOADED_NOTE, Pins};
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{node, other_proxies, predecessor, reserve, restore, sweep, sys};
+use crate::datapath::{conntrack, node, other_proxies, predecessor, reserve, restore, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::health::{Health, Watched, node_port};
 use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
@@ -164,6 +164,7 @@ async fn build(
     for proxy in other_proxies::find() {
         warn!("{proxy} are on this node and would translate services beside shunt: {}", proxy.advice());
     }
+    conntrack::apply(&config.conntrack);
     for path in node::forwarding_off() {
         warn!(path, "forwarding is off: packets of pods and outside clients are not served in this family");
     }

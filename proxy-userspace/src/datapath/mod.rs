@@ -17,6 +17,7 @@
 //! | [`network`] | devices and addresses of the node, live |
 //! | [`other_proxies`] | traces of other service proxies |
 //! | [`node`] | facts about this node |
+//! | [`conntrack`] | limits and timeouts of the kernel's connection tracking, where they are asked for |
 //! | [`reserve`] | ports that the kernel shall not give to local sockets |
 //! | [`reconcile`] | the only writer: snapshot to plan to tables |
 //! | [`backlog`] | operations that were refused, and those behind them |
@@ -44,6 +45,7 @@ pub mod backlog;
 pub mod backoff;
 pub mod btf;
 pub mod carry;
+pub mod conntrack;
 pub mod convert;
 pub mod device;
 pub mod fake;
