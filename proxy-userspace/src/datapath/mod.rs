@@ -13,6 +13,7 @@
 //! | [`convert`] | records of older versions |
 //! | [`btf`] | what the kernel's own types say |
 //! | [`attach`] | links to control group and devices |
+//! | [`guard`] | pins that somebody else removes are made again |
 //! | [`device`] | which devices get which programs: a pure decision |
 //! | [`network`] | devices and addresses of the node, live |
 //! | [`other_proxies`] | traces of other service proxies |
@@ -20,10 +21,13 @@
 //! | [`conntrack`] | limits and timeouts of the kernel's connection tracking, where they are asked for |
 //! | [`reserve`] | ports that the kernel shall not give to local sockets |
 //! | [`reconcile`] | the only writer: snapshot to plan to tables |
+//! | [`audit`] | what somebody else changes in the tables is found and written again |
 //! | [`backlog`] | operations that were refused, and those behind them |
 //! | [`progress`] | what the reconciler tells about its work |
 //! | [`restore`] | what the pinned tables say |
 //! | [`inspect`] | tables and attachments in words |
+//! | [`overlap`], [`listener`] | NodePorts that something else on this node has too |
+//! | [`fullness`] | tables that are nearly full |
 //! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
 //! | [`predecessor`], [`netfilter`] | what a kube-proxy that is replaced has open goes on without it |
@@ -41,6 +45,7 @@
 //! kernel's generic mode, in which segmented senders crawl. On a veth, resets are left to tcx (see `uplink` in the eBPF
 //! crate), and partial checksums are the user's affair.
 pub mod attach;
+pub mod audit;
 pub mod backlog;
 pub mod backoff;
 pub mod btf;
@@ -49,12 +54,15 @@ pub mod conntrack;
 pub mod convert;
 pub mod device;
 pub mod fake;
+pub mod fullness;
+pub mod guard;
 pub mod handover;
 pub mod inspect;
 pub mod kept;
 pub mod kernel;
 pub mod kfunc;
 pub mod layout;
+pub mod listener;
 pub mod maps;
 pub mod metrics;
 pub mod netfilter;
@@ -62,6 +70,7 @@ pub mod network;
 pub mod node;
 pub mod object;
 pub mod other_proxies;
+pub mod overlap;
 pub mod pins;
 pub mod predecessor;
 pub mod progress;
