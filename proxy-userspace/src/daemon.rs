@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::{Context as _, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -24,6 +25,8 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::config::raw::SocketLb;
 use crate::datapath::attach::{self, DeviceLinks, SocketLinks};
+use crate::datapath::audit::Teller;
+use crate::datapath::guard::Guard;
 use crate::datapath::kernel::{self, Loaded};
 use crate::datapath::maps::{KernelMaps, NodeConfig};
 use crate::datapath::metrics::Tables;
@@ -32,14 +35,17 @@ use crate::datapath::object::OBJECT;
 use crate::datapath::pins::{LOADED_NOTE, Pins};
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{node, other_proxies, predecessor, reserve, restore, sweep, sys};
+use crate::datapath::{conntrack, fullness, node, other_proxies, overlap, predecessor, reserve, restore, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::health::{Health, Watched, node_port};
 use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
 use crate::planner::{HealthChecks, SnatPorts, State};
 use crate::source::contact::Contact;
+use crate::source::kubernetes::tell::Herald;
 use crate::source::kubernetes::{self, Kubernetes};
 use crate::source::manifests::{self, Manifests};
+use crate::telemetry::event;
+use crate::telemetry::event::notice::{Alarm, Notice, Notices, Regarding, Scope};
 use crate::telemetry::http::{Handler, Server};
 use crate::telemetry::kube_proxy::Pages;
 use crate::telemetry::metrics::Metrics;
@@ -133,9 +139,9 @@ struct Listeners {
 }
 
 impl Listeners {
-    fn serve<H: Handler>(&mut self, name: &'static str, address: Option<SocketAddr>, handler: Arc<H>) {
+    fn serve<H: Handler>(&mut self, name: &'static str, address: Option<SocketAddr>, handler: Arc<H>, alarm: Alarm) {
         let Some(address) = address else { return };
-        let server = Server { name, address, handler };
+        let server = Server { name, address, handler, alarm };
         self.spawn(name, |closed| server.run(closed));
     }
 
@@ -164,6 +170,10 @@ async fn build(
     for proxy in other_proxies::find() {
         warn!("{proxy} are on this node and would translate services beside shunt: {}", proxy.advice());
     }
+    conntrack::apply(&config.conntrack);
+    if let Some(reason) = node::ipv6_off() {
+        warn!(reason, "IPv6 is not served on this node");
+    }
     for path in node::forwarding_off() {
         warn!(path, "forwarding is off: packets of pods and outside clients are not served in this family");
     }
@@ -190,9 +200,12 @@ async fn build(
     let contacts: BTreeMap<SourceId, Contact> = sources.iter().map(|spec| (spec.id, Contact::default())).collect();
     let watched = contacts.iter().map(|(id, contact)| (*id, contact.watch())).collect();
     let reports = Sources::new(snapshots.clone(), watched);
-    let told = snapshots.clone();
+    let [told, told_events, told_ports] = [snapshots.clone(), snapshots.clone(), snapshots.clone()];
     let (checks_sender, checks) = watch::channel(HealthChecks::default());
-    let reconciler = reconcile::Task {
+    let table_repairs = Counter::default();
+    let help = "Entries of tables that somebody else had changed or removed, and that were written again";
+    registry.sub_registry_with_prefix("shunt").register("table_repairs", help, table_repairs.clone());
+    let mut reconciler = reconcile::Task {
         reconciler: Reconciler::new(maps, state),
         snapshots,
         unused,
@@ -201,17 +214,19 @@ async fn build(
         sources: sources.len(),
         pending: Arc::default(),
         reporter,
+        teller: Teller { repairs: table_repairs, notices: Notices::default() },
     };
 
     // Tables that no program uses are worth nothing before they are filled.
     let adopted = loaded.adopted && (loaded.handover.is_some() || attach::has_links(pins)?);
     let (attached_sender, attached) = watch::channel(false);
+    let kernel_maps = Arc::new(loaded.maps);
     let repairs = Counter::default();
     let help = "Programs that somebody else had detached, and that were attached again";
     registry.sub_registry_with_prefix("shunt").register("repairs", help, repairs.clone());
     let mut attachments = attach::Task {
         sockets: sockets(config, pins)?,
-        devices: DeviceLinks::new(pins, netns, config.devices.clone(), loaded.programs, &loaded.maps)?,
+        devices: DeviceLinks::new(pins, netns, config.devices.clone(), loaded.programs, &kernel_maps)?,
         continuations: loaded.continuations,
         handover: loaded.handover,
         has_left_earlier: false,
@@ -222,10 +237,14 @@ async fn build(
         attached: attached_sender,
         repairs: repairs.clone(),
         unrepaired: Default::default(),
+        notices: Notices::default(),
+        guard: Guard::new(kernel_maps.clone()),
     };
     let refused = attachments.devices.watch_refused();
     attachments.take_over()?;
-    Tables::register(&mut registry, loaded.maps, pins.clone(), sweep.watch());
+    let tables = Tables::register(&mut registry, kernel_maps, pins.clone(), sweep.watch());
+    let mut fullness = fullness::Task::new(tables);
+    let nearly_full = fullness.watch();
     if !adopted {
         pins.unmark(LOADED_NOTE)?;
     }
@@ -237,10 +256,31 @@ async fn build(
     let health = Arc::new(health);
     let node_ports = node_port::Task::new(checks, health.clone());
     let unserved = node_ports.refusals();
+    let overlap = overlap::Task::new(told_ports);
+    let taken = overlap.watch();
     let ids = sources.iter().map(|spec| spec.id);
-    status::register(&mut registry, ids, status.clone(), reports.clone(), unserved.clone());
-    listeners.serve("health", config.healthz, health);
-    listeners.serve("metrics", config.metrics, Arc::new(Pages::new(Metrics::new(registry), config)));
+    status::register(&mut registry, ids, status.clone(), reports.clone(), unserved.clone(), taken.clone());
+    let watched = event::Watched {
+        status: status.clone(),
+        snapshots: told_events,
+        health_checks: unserved.clone(),
+        overlaps: taken.clone(),
+    };
+    let (notices, events) = match &config.kubernetes {
+        Some(access) => {
+            let (notices, task) = event::Task::new(watched, &mut registry);
+            (notices, Some((access.clone(), task)))
+        }
+        None => (Notices::default(), None),
+    };
+    attachments.notices = notices.clone();
+    fullness.notices = notices.clone();
+    reconciler.teller.notices = notices.clone();
+    notices.tell(birth_cry());
+    let alarm = |reason| Alarm { notices: notices.clone(), reason, action: START };
+    listeners.serve("health", config.healthz, health, alarm("FailedToStartProxierHealthcheck"));
+    let pages = Arc::new(Pages::new(Metrics::new(registry), config));
+    listeners.serve("metrics", config.metrics, pages, alarm("FailedToStartMetricServer"));
     listeners.spawn("health-check NodePorts", |closed| node_ports.run(closed));
     // The parsed object and what was read back are gone by now.
     sys::trim_heap();
@@ -277,9 +317,20 @@ async fn build(
         sweep.run(its_drain).await;
         Ok(())
     });
+    let its_drain = drain.clone();
+    parts.spawn("overlaps", async {
+        overlap.run(its_drain).await;
+        Ok(())
+    });
+    let its_drain = drain.clone();
+    parts.spawn("fullness", async {
+        fullness.run(its_drain).await;
+        Ok(())
+    });
     let its_status = status.clone();
     parts.spawn("predecessor", drained(drain.clone(), async { Ok(predecessor.run(its_status).await?) }));
-    let admin = admin::serve(config.admin_socket.clone(), status.clone(), reports, unserved, refused);
+    let admin =
+        admin::serve(config.admin_socket.clone(), status.clone(), reports, unserved, refused, nearly_full, taken);
     parts.spawn("admin socket", drained(drain.clone(), async { match admin.await {} }));
     parts.spawn(
         "readiness",
@@ -294,9 +345,27 @@ async fn build(
         let source = Kubernetes::new(access.clone(), config.facts.name.clone(), updates_sender.clone(), contact);
         parts.spawn("kubernetes", drained(drain.clone(), async { Ok(source.run().await?) }));
     }
+    if let Some((access, events)) = events {
+        let (node, its_drain) = (config.facts.name.clone(), drain.clone());
+        parts.spawn("events", async move {
+            let herald = Herald::open(access, node, SystemTime::now()).await?;
+            events.run(herald, its_drain).await;
+            Ok(())
+        });
+    }
     // The store ends when the last source does.
     drop(updates_sender);
     Ok(())
+}
+
+/// What events about the start say that was being done, as kube-proxy's do.
+const START: &str = "StartKubeProxy";
+
+/// That this agent has started, as kube-proxy tells it.
+fn birth_cry() -> Notice {
+    let note = concat!("shunt ", env!("CARGO_PKG_VERSION"), " serves this node's services").to_owned();
+    let (regarding, scope) = (Regarding::Node, Scope::Node);
+    Notice { regarding, is_warning: false, scope, reason: "Starting", action: START, note }
 }
 
 /// What is configured to be listed.

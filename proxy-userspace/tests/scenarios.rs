@@ -222,8 +222,11 @@ impl World {
 
     fn take(&mut self, source: SourceId, decoded: Decoded, event: fn(proxy_userspace::model::Object) -> Event) {
         let place = decoded.key.to_string();
-        let problem =
-            |error: &dyn std::fmt::Display| ObjectProblem { place: place.clone(), message: error.to_string() };
+        let problem = |error: &dyn std::fmt::Display| ObjectProblem {
+            place: place.clone(),
+            object: None,
+            message: error.to_string(),
+        };
         let mut problems: Vec<_> = decoded.problems.iter().map(|error| problem(error)).collect();
         match decoded.meaning {
             Meaning::Object(object) => self.send(source, event(object)),

@@ -8,6 +8,7 @@
 //! The agents have the kubeconfig of `system:kube-proxy`, whose role the server itself makes, and nothing else. Pods are
 //! namespaces with servers; the kubelet of the harness starts, probes and ends them.
 
+mod events;
 mod follow;
 mod handover;
 mod outage;

@@ -113,7 +113,7 @@ fn the_configuration_of_kube_proxy_is_in_effect_as_it_is() {
             "bindAddress": cluster.nodes[0].addrs.get(Family::V6).to_string(),
             "clientConnection": {"kubeconfig": write(cluster, "kubeconfig.conf", &kubeconfig), "qps": 5},
             "configSyncPeriod": "0s",
-            "conntrack": {"maxPerCore": null, "min": 131_072},
+            "conntrack": {"max": 131_072, "maxPerCore": null, "min": null},
             "healthzBindAddress": "",
             "metricsBindAddress": "127.0.0.1",
             "mode": "",
@@ -124,7 +124,8 @@ fn the_configuration_of_kube_proxy_is_in_effect_as_it_is() {
     rig.agent = rig.agent.with("--manifests", rig.manifests.dir());
     rig.agent.spawn();
     rig.wait_served();
-    assert!(rig.agent.wait_log("ignored").contains("conntrack.min"));
+    assert!(rig.agent.wait_log("ignored").contains("conntrack.max"));
+    assert!(rig.agent.wait_log("NodePorts answer on all addresses").contains("nodePortAddresses"));
     assert!(rig.agent.wait_log("unknown").contains("notOfThisVersion"));
     let configz = rig.configz(metrics_address());
     let node = &rig.cluster.nodes[0];
@@ -132,9 +133,53 @@ fn the_configuration_of_kube_proxy_is_in_effect_as_it_is() {
     assert_eq!(configz["clientConnection"]["kubeconfig"], json!(kubeconfig));
     assert_eq!(configz["bindAddress"], node.addrs.get(Family::V6).to_string());
     assert_eq!(configz["healthzBindAddress"], "[::]:10256");
-    assert_eq!(configz["nodePortAddresses"], json!(["primary"]));
+    assert_eq!(configz["nodePortAddresses"], json!(["0.0.0.0/0", "::/0"]));
+    // As in kube-proxy's mode iptables: also at the address that pods know as their gateway.
+    for family in Family::ALL {
+        let gateway = node.gateway().port(family, NODE_PORT);
+        wait::until("another address", || node.pods[1].place.unhooked().tcp(gateway).is_ok());
+        let loopback = SocketAddr::from(([127, 0, 0, 1], NODE_PORT));
+        assert!(node.place.tcp(loopback).is_ok(), "a process of the node on loopback");
+    }
     let live = get(&rig.cluster.client.place, node.addrs.port(Family::V6, 10256), "/livez");
     assert!(live.body.contains("\"healthy\""), "{}", live.body);
+}
+
+#[test]
+fn connection_tracking_is_set_as_asked_and_not_switched_on() {
+    let mut rig = Rig::new(|_, manifests| {
+        json!({
+            "apiVersion": "shunt/v1alpha1",
+            "kind": "AgentConfiguration",
+            "manifests": manifests.dir(),
+            // More than one namespace may say: it is the machine's.
+            "conntrackMaxPerCore": 1000,
+            "conntrackMin": 3000,
+            "conntrackTcpTimeoutEstablished": "24h",
+            "conntrackTcpTimeoutCloseWait": "1h0m0s",
+            "conntrackTcpBeLiberal": true,
+            "conntrackUdpTimeout": "20s",
+        })
+    });
+    let ns = rig.cluster.nodes[0].place.ns().clone();
+    let read = |name: &str| ns.read_sysctl(&format!("net/netfilter/nf_conntrack_{name}"));
+    let (max, stream) = (read("max"), read("udp_timeout_stream"));
+    rig.agent.start();
+    rig.wait_served();
+    assert_eq!(read("tcp_timeout_established"), "86400");
+    assert_eq!(read("tcp_timeout_close_wait"), "3600");
+    assert_eq!((read("tcp_be_liberal"), read("udp_timeout")), ("1".to_owned(), "20".to_owned()));
+    assert_eq!(read("udp_timeout_stream"), stream, "what is not asked for stays");
+    if read("max") == max {
+        let told = rig.agent.wait_log("cannot be set as the configuration asks");
+        assert!(told.contains("nf_conntrack_max"), "{told}");
+    }
+    let told = rig.agent.wait_log("the kernel will forget connections earlier");
+    assert!(told.contains("nf_conntrack_udp_timeout") && told.contains("28"), "{told}");
+    assert_eq!(read("count"), "0", "no connection is tracked");
+    let configz = rig.configz(metrics_address());
+    assert_eq!(configz["conntrack"]["tcpEstablishedTimeout"], "86400s");
+    assert_eq!(configz["conntrack"]["maxPerCore"], 1000);
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod lease;
 mod samples;
 
 mod config;
+mod family;
 mod health;
 mod metrics;
 mod node_port;

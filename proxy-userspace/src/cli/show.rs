@@ -141,7 +141,11 @@ fn report_lines(report: &Report) -> Vec<String> {
         report.problems.iter().map(|trouble| format!("problem       {}: {}", trouble.subject, trouble.message));
     let xdp =
         report.xdp_refused.iter().map(|trouble| format!("no XDP        {}: {}", trouble.subject, trouble.message));
-    sources.chain(refused).chain(problems).chain(xdp).collect()
+    let full =
+        report.nearly_full.iter().map(|trouble| format!("table         {}: {}", trouble.subject, trouble.message));
+    let off =
+        report.families_off.iter().map(|trouble| format!("family        {}: {}", trouble.subject, trouble.message));
+    sources.chain(refused).chain(problems).chain(xdp).chain(full).chain(off).collect()
 }
 
 /// What a source has listed, and what is wrong with it.

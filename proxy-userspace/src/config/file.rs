@@ -37,6 +37,8 @@ pub struct Notes {
     pub unknown: Vec<String>,
     /// What is done otherwise than a field says: the field, and what is done.
     pub different: Vec<(String, &'static str)>,
+    /// What follows from a field, or from its absence, and is not the default of the options: the field, and what is done.
+    pub implied: Vec<(String, &'static str)>,
 }
 
 impl Notes {
@@ -52,6 +54,9 @@ impl Notes {
         }
         for (field, what) in &self.different {
             tracing::warn!(field, "the configuration file asks for what is not there: {what}");
+        }
+        for (field, what) in &self.implied {
+            tracing::info!(field, "from the configuration file: {what}");
         }
     }
 }

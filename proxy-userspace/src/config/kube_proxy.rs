@@ -44,7 +44,8 @@ enum Use {
 }
 use Use::{Ignored, Moot, Read};
 
-const MODES: &[&str] = &["iptables", "ipvs", "nftables"];
+const NFTABLES: &str = "nftables";
+const MODES: &[&str] = &["iptables", "ipvs", NFTABLES];
 const LOCAL_MODES: &[&str] = &["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"];
 
 /// All fields of v1alpha1, those of other systems and of former versions included.
@@ -61,13 +62,13 @@ const FIELDS: [(&str, Form, Use); 62] = [
     ("clusterCIDR", Text, Read),
     ("configSyncPeriod", Duration, Ignored),
     ("conntrack.max", Number, Ignored),
-    ("conntrack.maxPerCore", Number, Ignored),
-    ("conntrack.min", Number, Ignored),
-    ("conntrack.tcpBeLiberal", Switch, Ignored),
-    ("conntrack.tcpCloseWaitTimeout", Duration, Ignored),
-    ("conntrack.tcpEstablishedTimeout", Duration, Ignored),
-    ("conntrack.udpStreamTimeout", Duration, Ignored),
-    ("conntrack.udpTimeout", Duration, Ignored),
+    ("conntrack.maxPerCore", Number, Read),
+    ("conntrack.min", Number, Read),
+    ("conntrack.tcpBeLiberal", Switch, Read),
+    ("conntrack.tcpCloseWaitTimeout", Duration, Read),
+    ("conntrack.tcpEstablishedTimeout", Duration, Read),
+    ("conntrack.udpStreamTimeout", Duration, Read),
+    ("conntrack.udpTimeout", Duration, Read),
     ("detectLocal.bridgeInterface", Text, Ignored),
     ("detectLocal.interfaceNamePrefix", Text, Ignored),
     ("detectLocalMode", Word(LOCAL_MODES), Read),
@@ -75,8 +76,8 @@ const FIELDS: [(&str, Form, Use); 62] = [
     ("featureGates", Switches, Ignored),
     ("healthzBindAddress", Text, Read),
     ("hostnameOverride", Text, Read),
-    ("iptables.localhostNodePorts", Switch, Ignored),
-    ("iptables.masqueradeAll", Switch, Ignored),
+    ("iptables.localhostNodePorts", Switch, Read),
+    ("iptables.masqueradeAll", Switch, Read),
     ("iptables.masqueradeBit", Number, Ignored),
     ("iptables.minSyncPeriod", Duration, Ignored),
     ("iptables.syncPeriod", Duration, Ignored),
@@ -95,7 +96,7 @@ const FIELDS: [(&str, Form, Use); 62] = [
     ("logging.vmodule", Any, Moot),
     ("metricsBindAddress", Text, Read),
     ("mode", Word(MODES), Read),
-    ("nftables.masqueradeAll", Switch, Ignored),
+    ("nftables.masqueradeAll", Switch, Read),
     ("nftables.masqueradeBit", Number, Ignored),
     ("nftables.minSyncPeriod", Duration, Ignored),
     ("nftables.syncPeriod", Duration, Ignored),
@@ -112,6 +113,23 @@ const FIELDS: [(&str, Form, Use); 62] = [
     ("winkernel.rootHnsEndpointName", Text, Ignored),
     ("winkernel.sourceVip", Text, Ignored),
 ];
+
+/// What is set of connection tracking, and the option that does the same.
+const CONNTRACK: [(&str, &str); 7] = [
+    ("conntrack.maxPerCore", "conntrack-max-per-core"),
+    ("conntrack.min", "conntrack-min"),
+    ("conntrack.tcpBeLiberal", "conntrack-tcp-be-liberal"),
+    ("conntrack.tcpCloseWaitTimeout", "conntrack-tcp-timeout-close-wait"),
+    ("conntrack.tcpEstablishedTimeout", "conntrack-tcp-timeout-established"),
+    ("conntrack.udpStreamTimeout", "conntrack-udp-timeout-stream"),
+    ("conntrack.udpTimeout", "conntrack-udp-timeout"),
+];
+/// What kube-proxy takes for conntrack.maxPerCore where it is null; here, only beside a `min` that would mean nothing else.
+const MAX_PER_CORE: &str = "32768";
+
+const EVERYWHERE: &str =
+    "NodePorts answer on all addresses of this node, as kube-proxy's do in every mode but nftables";
+const LOCALHOST: &str = "processes of this node reach NodePorts on loopback in any case; nobody else does";
 
 /// What the configuration sets, what is wrong with it, and what its reader is to be told.
 pub fn content(file: &Path, object: &Map<String, Value>) -> Content {
@@ -194,11 +212,16 @@ fn place(file: &Path, field: &str) -> Place {
     Place::Field { file: file.to_owned(), field: field.to_owned() }
 }
 
-/// The text of a field; empty if it has none.
-fn text<'a>(object: &'a Map<String, Value>, field: &str) -> &'a str {
+/// A field, if it is there.
+fn find<'a>(object: &'a Map<String, Value>, field: &str) -> Option<&'a Value> {
     let mut parts = field.split('.');
     let first = parts.next().and_then(|part| object.get(part));
-    parts.fold(first, |value, part| value?.get(part)).and_then(Value::as_str).unwrap_or_default()
+    parts.fold(first, |value, part| value?.get(part))
+}
+
+/// The text of a field; empty if it has none.
+fn text<'a>(object: &'a Map<String, Value>, field: &str) -> &'a str {
+    find(object, field).and_then(Value::as_str).unwrap_or_default()
 }
 
 /// Reads the fields that mean something here. Which are wrong, the others do not ask.
@@ -218,9 +241,28 @@ fn read(file: &Path, object: &Map<String, Value>, content: &mut Content) {
     let cidrs = text("clusterCIDR").split(',').map(tolerant_prefix).collect();
     set("cluster-cidr", "clusterCIDR", cidrs);
     let node_ports = object.get("nodePortAddresses").and_then(Value::as_array).into_iter().flatten();
-    let node_ports = node_ports.filter_map(Value::as_str).map(tolerant_prefix).collect();
-    set("nodeport-addresses", "nodePortAddresses", node_ports);
+    let node_ports: Vec<_> = node_ports.filter_map(Value::as_str).map(tolerant_prefix).collect();
+    if node_ports.is_empty() && text("mode") != NFTABLES {
+        set("nodeport-addresses", "nodePortAddresses", vec!["all".to_owned()]);
+        content.notes.implied.push(("nodePortAddresses".to_owned(), EVERYWHERE));
+    } else {
+        set("nodeport-addresses", "nodePortAddresses", node_ports);
+    }
+    // The section of the mode that kube-proxy would run in (that of iptables is ipvs's too).
+    let masquerade_all = if text("mode") == NFTABLES { "nftables.masqueradeAll" } else { "iptables.masqueradeAll" };
+    if find(object, masquerade_all) == Some(&Value::Bool(true)) {
+        set("masquerade-all", masquerade_all, vec!["true".to_owned()]);
+    }
     set("log-format", "logging.format", vec![text("logging.format").to_owned()]);
+    for (field, flag) in CONNTRACK {
+        if let Some(value) = find(object, field).filter(|value| !is_zero(value)) {
+            set(flag, field, vec![value.as_str().map_or_else(|| value.to_string(), str::to_owned)]);
+        }
+    }
+    let is_set = |field| find(object, field).is_some_and(|value| !value.is_null());
+    if is_set("conntrack.min") && !is_set("conntrack.maxPerCore") {
+        set("conntrack-max-per-core", "conntrack.maxPerCore", vec![MAX_PER_CORE.to_owned()]);
+    }
 
     let address = parse_ip(text("bindAddress"));
     if address.is_none_or(|address| !address.is_unspecified()) {
@@ -239,6 +281,9 @@ fn read(file: &Path, object: &Map<String, Value>, content: &mut Content) {
         }
     }
     tell_differences(&text, &mut content.notes.different);
+    if find(object, "iptables.localhostNodePorts") == Some(&Value::Bool(false)) {
+        content.notes.different.push(("iptables.localhostNodePorts".to_owned(), LOCALHOST));
+    }
 }
 
 /// A prefix as kube-proxy reads it: with host bits, which say nothing. What is none stays as it is, for others to refuse.
@@ -248,12 +293,11 @@ fn tolerant_prefix(text: &str) -> String {
 
 fn tell_differences<'a>(text: &impl Fn(&'static str) -> &'a str, different: &mut Vec<(String, &'static str)>) {
     const LOCAL: &str = "clients count as inside the cluster by clusterCIDR (--cluster-cidr), and by nothing else";
-    const MODE: &str = "services behave as in the mode nftables, NodePorts included: without nodePortAddresses they \
-        answer on the primary addresses alone";
+    const MODE: &str = "services behave as in the mode nftables, but for the addresses on which NodePorts answer";
     if !["", "ClusterCIDR"].contains(&text("detectLocalMode")) {
         different.push(("detectLocalMode".to_owned(), LOCAL));
     }
-    if !["", "nftables"].contains(&text("mode")) {
+    if !["", NFTABLES].contains(&text("mode")) {
         different.push(("mode".to_owned(), MODE));
     }
 }
@@ -356,14 +400,16 @@ winkernel:
     fn what_kubeadm_writes_loads_without_a_word() {
         let content = content(KUBEADM);
         assert!(content.errors.is_empty(), "{:?}", content.errors);
-        assert_eq!(content.notes, file::Notes::default());
+        let implied = vec![("nodePortAddresses".to_owned(), EVERYWHERE)];
+        assert_eq!(content.notes, file::Notes { implied, ..file::Notes::default() });
         let flags = content.settings.flags().unwrap();
         assert_eq!(flags.kubeconfig, Some("/var/lib/kube-proxy/kubeconfig.conf".into()));
         assert!(!flags.kubernetes);
         assert_eq!(flags.cluster_cidr, ["10.244.0.0/16"]);
         assert_eq!(flags.node_name, None);
         assert!(flags.node_ip.is_empty());
-        assert_eq!(flags.nodeport_addresses, ["primary"]);
+        assert_eq!(flags.nodeport_addresses, ["all"]);
+        assert_eq!((flags.conntrack_max_per_core, flags.conntrack_min), (0, 0));
         assert_eq!(flags.healthz_bind_address, "0.0.0.0:10256");
         assert_eq!(flags.metrics_bind_address, "127.0.0.1:10249");
     }
@@ -401,9 +447,51 @@ winkernel:
     }
 
     #[test]
+    fn node_ports_answer_where_those_of_the_mode_do() {
+        let addresses = |fields: &str| flags(fields).nodeport_addresses;
+        for fields in ["", "mode: iptables\n", "mode: ipvs\nnodePortAddresses: []\n"] {
+            assert_eq!(addresses(fields), ["all"], "{fields}");
+            assert_eq!(of(fields).notes.implied, [("nodePortAddresses".to_owned(), EVERYWHERE)]);
+        }
+        assert_eq!(addresses("mode: nftables\n"), ["primary"]);
+        assert_eq!(addresses("nodePortAddresses: [primary]\n"), ["primary"]);
+        assert_eq!(addresses("mode: iptables\nnodePortAddresses: [192.0.2.0/24]\n"), ["192.0.2.0/24"]);
+        assert!(of("nodePortAddresses: [primary]\n").notes.implied.is_empty());
+    }
+
+    #[test]
+    fn loopback_cannot_be_closed_and_that_is_told() {
+        let told = |value: &str| of(&format!("iptables: {{localhostNodePorts: {value}}}\n")).notes;
+        assert_eq!(told("false").different, [("iptables.localhostNodePorts".to_owned(), LOCALHOST)]);
+        assert!(told("true").different.is_empty() && told("true").ignored.is_empty());
+        assert!(told("null").different.is_empty());
+    }
+
+    #[test]
+    fn connection_tracking_is_set_as_it_is_asked_for() {
+        let flags = flags(
+            "conntrack: {maxPerCore: 1000, min: 3000, tcpEstablishedTimeout: 24h0m0s, tcpCloseWaitTimeout: 1h0m0s,\n\
+             tcpBeLiberal: true, udpTimeout: 30s, udpStreamTimeout: 0s}\n",
+        );
+        assert_eq!((flags.conntrack_max_per_core, flags.conntrack_min), (1000, 3000));
+        assert_eq!(flags.conntrack_tcp_timeout_established, "24h0m0s");
+        assert_eq!(flags.conntrack_tcp_timeout_close_wait, "1h0m0s");
+        assert!(flags.conntrack_tcp_be_liberal);
+        assert_eq!((flags.conntrack_udp_timeout.as_str(), flags.conntrack_udp_timeout_stream.as_str()), ("30s", "0s"));
+    }
+
+    #[test]
+    fn a_least_number_of_connections_means_what_it_means_to_kube_proxy() {
+        let per_core = |fields: &str| flags(&format!("conntrack: {{{fields}}}\n")).conntrack_max_per_core;
+        assert_eq!(per_core("min: 5"), 32_768);
+        assert_eq!(per_core("min: 5, maxPerCore: 0"), 0);
+        assert_eq!(per_core("min: 5, maxPerCore: 7"), 7);
+    }
+
+    #[test]
     fn what_is_set_in_vain_and_what_nobody_knows_is_listed() {
         let notes =
-            of("conntrack: {min: 5, maxPerCore: 0, tcpEstablishedTimeout: 24h0m0s, extra: 1}\noomScoreAdj: -999\n\
+            of("conntrack: {max: 5, maxPerCore: 0, tcpEstablishedTimeout: 24h0m0s, extra: 1}\noomScoreAdj: -999\n\
              iptables: {masqueradeAll: true, syncPeriod: 0s}\nipvs: {excludeCIDRs: [10.0.0.0/8]}\n\
              featureGates: {A: true}\nnewField: {a: 1}\nmode: ipvs\ndetectLocalMode: NodeCIDR\n")
             .notes;
@@ -413,11 +501,20 @@ winkernel:
         };
         assert_eq!(
             sorted(notes.ignored),
-            "conntrack.min conntrack.tcpEstablishedTimeout featureGates iptables.masqueradeAll ipvs.excludeCIDRs oomScoreAdj"
+            "conntrack.max featureGates ipvs.excludeCIDRs oomScoreAdj"
         );
         assert_eq!(sorted(notes.unknown), "conntrack.extra newField");
         let different: Vec<_> = notes.different.into_iter().map(|(field, _)| field).collect();
         assert_eq!(different, ["detectLocalMode", "mode"]);
+    }
+
+    #[test]
+    fn masquerading_all_is_asked_for_by_the_section_of_the_mode() {
+        let asks = |text: &str| of(text).settings.get("masquerade-all").is_some();
+        assert!(asks("iptables: {masqueradeAll: true}\n"));
+        assert!(asks("mode: nftables\nnftables: {masqueradeAll: true}\n"));
+        assert!(!asks("mode: nftables\niptables: {masqueradeAll: true}\n"));
+        assert!(!asks("iptables: {masqueradeAll: false}\n"));
     }
 
     #[test]

@@ -19,10 +19,13 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::IpNet;
+use jiff::SignedDuration;
 use proxy_common::abi::config::MAX_CIDRS;
 
+use crate::datapath::conntrack;
 use crate::datapath::device::Choice;
 use crate::datapath::kernel::Sizes;
 use crate::model::{Family, Name, NodeFacts, NodePortAddresses, PrimaryAddresses};
@@ -49,6 +52,8 @@ pub struct Config {
     pub masquerade_all: bool,
     /// Which devices get programs.
     pub devices: Choice,
+    /// What the kernel's connection tracking is set to.
+    pub conntrack: conntrack::Wanted,
     /// Ports for rewritten sources.
     pub snat_ports: RangeInclusive<u16>,
     /// Capacities.
@@ -214,6 +219,7 @@ impl Config {
         let healthz = check.take("healthz-bind-address", healthz, None);
         let metrics = parse_listener(&flags.metrics_bind_address, METRICS_PORT);
         let metrics = check.take("metrics-bind-address", metrics, None);
+        let conntrack = conntrack(&flags, &mut check);
         let level = check_level(&flags.log_level);
         check.take("log-level", level, ());
         if !check.0.is_empty() {
@@ -227,6 +233,7 @@ impl Config {
             socket_lb: flags.socket_lb,
             masquerade_all: flags.masquerade_all,
             devices: Choice { only: flags.devices, except: flags.exclude_devices, xdp: flags.xdp },
+            conntrack,
             snat_ports,
             sizes,
             bpffs: flags.bpffs,
@@ -270,6 +277,28 @@ fn facts(flags: &AgentFlags, check: &mut Check) -> NodeFacts {
     let node_ports = check.take("nodeport-addresses", node_ports, NodePortAddresses::Primary);
     let prescribed = check.take("node-ip", parse_node_ips(&flags.node_ip), PrimaryAddresses::default());
     NodeFacts { cluster_cidrs, node_ports, prescribed, ..NodeFacts::named(Name::from(name.as_str())) }
+}
+
+fn conntrack(flags: &AgentFlags, check: &mut Check) -> conntrack::Wanted {
+    let mut time = |flag, text: &str| check.take(flag, parse_time(text), None);
+    conntrack::Wanted {
+        max_per_core: (flags.conntrack_max_per_core > 0).then_some(flags.conntrack_max_per_core),
+        min: flags.conntrack_min,
+        tcp_established: time("conntrack-tcp-timeout-established", &flags.conntrack_tcp_timeout_established),
+        tcp_close_wait: time("conntrack-tcp-timeout-close-wait", &flags.conntrack_tcp_timeout_close_wait),
+        tcp_be_liberal: flags.conntrack_tcp_be_liberal,
+        udp: time("conntrack-udp-timeout", &flags.conntrack_udp_timeout),
+        udp_stream: time("conntrack-udp-timeout-stream", &flags.conntrack_udp_timeout_stream),
+    }
+}
+
+/// A time in whole seconds; none if it is zero.
+fn parse_time(text: &str) -> Result<Option<Duration>, String> {
+    let wrong = || format!("{text:?} is no time in whole seconds, such as 30s or 1h30m");
+    let time = if text == "0" { SignedDuration::ZERO } else { text.parse().map_err(|_| wrong())? };
+    let whole = u64::try_from(time.as_secs()).ok().filter(|_| time.subsec_nanos() == 0);
+    let seconds = whole.filter(|seconds| *seconds <= u64::from(u32::MAX >> 1)).ok_or_else(wrong)?;
+    Ok((seconds > 0).then_some(Duration::from_secs(seconds)))
 }
 
 fn parse_node_ips(texts: &[String]) -> Result<PrimaryAddresses, String> {
@@ -532,6 +561,19 @@ mod tests {
         let example = include_str!("../../../examples/agent.yaml");
         assert!(load(example, "").is_ok());
         assert!(load(&example.replace("# kubeconfig:", "kubeconfig:"), "").is_ok());
+    }
+
+    #[test]
+    fn times_are_whole_seconds() {
+        for (text, seconds) in [("0", 0), ("0s", 0), ("24h0m0s", 86_400), ("1h30m", 5400), ("60s", 60)] {
+            assert_eq!(parse_time(text), Ok((seconds > 0).then_some(Duration::from_secs(seconds))), "{text}");
+        }
+        for text in ["", "soon", "-1s", "100ms", "1.5s", "99999999h"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
+        assert_eq!(config("--manifests m --conntrack-udp-timeout x").unwrap_err(), ["conntrack-udp-timeout"]);
+        let wanted = config("--manifests m --conntrack-min 5 --conntrack-tcp-be-liberal").unwrap().conntrack;
+        assert_eq!(wanted, conntrack::Wanted { min: 5, tcp_be_liberal: true, ..conntrack::Wanted::default() });
     }
 
     #[test]

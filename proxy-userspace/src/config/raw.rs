@@ -34,9 +34,10 @@ pub struct AgentFlags {
     /// A KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1, as in kubeadm's ConfigMap `kube-proxy`, makes the
     /// Kubernetes API a source: by clientConnection.kubeconfig or, if that is empty, as --kubernetes. Read are also bindAddress
     /// (as --node-ip; in IPv6 it moves the defaults of the next two to IPv6), healthzBindAddress, metricsBindAddress, clusterCIDR,
-    /// hostnameOverride, nodePortAddresses and logging.format. Null, zero and empty are the default. Services behave as in mode
-    /// nftables, whatever `mode` says; of detectLocalMode there is ClusterCIDR only. What else is set there is logged once, as
-    /// ignored or unknown.
+    /// hostnameOverride, nodePortAddresses, conntrack and logging.format. Null, zero and empty are the default, which for
+    /// nodePortAddresses is all addresses as in kube-proxy, or the primary ones in mode nftables. Apart from that, services
+    /// behave as in mode nftables, whatever `mode` says; of detectLocalMode there is ClusterCIDR only. Null in conntrack leaves
+    /// the kernel as it is. What else is set there is logged once, as ignored or unknown.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
@@ -97,6 +98,10 @@ pub struct AgentFlags {
     ///
     /// `primary` is the node's main address of each family, `all` every one. On loopback they answer this node's own
     /// processes in any case. The health of single services (healthCheckNodePort) is served there too.
+    ///
+    /// The kernel gives NodePorts to no socket that leaves the choice to it (net.ipv4.ip_local_reserved_ports). A process that
+    /// asks for one by number gets it, as under kube-proxy, and so does a pod's hostPort: clients from outside reach the
+    /// service, and `shunt status` names both.
     #[arg(
         long,
         value_name = "primary|all|CIDR",
@@ -163,6 +168,41 @@ pub struct AgentFlags {
     /// Connections by packets that fit; those of translated sockets take no room
     #[arg(long, value_name = "N", default_value_t = 262_144, help_heading = "Datapath")]
     pub max_flows: u32,
+
+    /// Connections that the kernel tracks at most, for each CPU; 0: as it is
+    ///
+    /// Sets nf_conntrack_max, and the size of its hash table if that is too small for it. This and the options that follow are
+    /// kube-proxy's. They are for what else uses connection tracking on this node: Shunt does not, nor does it switch it on.
+    /// What cannot be set is logged.
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Connection tracking")]
+    pub conntrack_max_per_core: u32,
+
+    /// Connections at least, however few CPUs; counts with --conntrack-max-per-core
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Connection tracking")]
+    pub conntrack_min: u32,
+
+    /// How long the kernel keeps a silent TCP connection, such as 24h; 0s: as it is
+    ///
+    /// Times below those for which Shunt keeps its own flows (23 h, 1 h half closed, 110 s for datagrams that are answered,
+    /// 28 s for others) are set, with a warning.
+    #[arg(long, value_name = "TIME", default_value = "0s", help_heading = "Connection tracking")]
+    pub conntrack_tcp_timeout_established: String,
+
+    /// How long the kernel keeps a TCP connection that one side has closed; 0s: as it is
+    #[arg(long, value_name = "TIME", default_value = "0s", help_heading = "Connection tracking")]
+    pub conntrack_tcp_timeout_close_wait: String,
+
+    /// Let the kernel take segments outside of the window for valid
+    #[arg(long, help_heading = "Connection tracking")]
+    pub conntrack_tcp_be_liberal: bool,
+
+    /// How long the kernel keeps datagrams without answer; 0s: as it is
+    #[arg(long, value_name = "TIME", default_value = "0s", help_heading = "Connection tracking")]
+    pub conntrack_udp_timeout: String,
+
+    /// How long the kernel keeps datagrams with answers; 0s: as it is
+    #[arg(long, value_name = "TIME", default_value = "0s", help_heading = "Connection tracking")]
+    pub conntrack_udp_timeout_stream: String,
 
     /// Where programs, tables and attachments are pinned; a BPF file system is mounted if there is none
     #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS, help_heading = "Datapath")]

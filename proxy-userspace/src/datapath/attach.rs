@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +29,7 @@ use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use super::device::{Attachment, Choice, Device, Xdp, decide_attachment, wants_xdp};
+use super::guard::Guard;
 use super::handover::{self, Handover};
 use super::kernel::{self, Continuations, MapFds, Programs};
 use super::maps::{self, Table};
@@ -39,6 +40,7 @@ use super::sys::{self, LinkTarget, Place};
 use crate::drain::Drain;
 use crate::error::chain;
 use crate::model::NodeFacts;
+use crate::telemetry::event::notice::{Notice, Notices};
 
 /// Why a program could not be attached.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +68,16 @@ pub enum Error {
         target: String,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// The control group has been removed, and there is none in its place.
+    #[error(
+        "the control group {path} is gone: processes are served by their packets alone, and those of this node not at all"
+    )]
+    CgroupGone {
+        /// Where it was.
+        path: PathBuf,
+        /// Why none is opened in its place.
+        source: Box<Error>,
     },
     /// No control group of version 2.
     #[error("cgroup2 is not mounted here: mount it, or say --socket-lb off")]
@@ -167,6 +179,13 @@ impl SocketLinks {
         };
         let create = || sys::link_cgroup(wanted.program, self.cgroup.as_fd(), *hook);
         wanted.ensure(create, || self.path.display().to_string())
+    }
+
+    /// True if the control group has not been removed. One that was made anew at its path is another one.
+    fn is_there(&self) -> bool {
+        // Nothing can be opened below a removed one.
+        let below = format!("/proc/self/fd/{}/cgroup.procs", self.cgroup.as_raw_fd());
+        fs::metadata(below).is_ok()
     }
 
     /// Attaches again what is gone.
@@ -531,6 +550,9 @@ impl DeviceLinks {
                 let program = if direction == Direction::Reverse { pair.egress } else { pair.ingress };
                 repair.note(program, &device.name, self.attach_one(device, attached.attachment, direction));
             }
+            if let Some(record) = &attached.record {
+                repair.note_record(&device.name, self.ensure_record(*index, record));
+            }
             if attached.is_asked_for_xdp && !self.refused.borrow().contains_key(index) {
                 match self.ensure_xdp(device) {
                     Err(Error::Link { action: ATTACH, source, .. }) if !is_gone(&source) => {
@@ -540,6 +562,15 @@ impl DeviceLinks {
                 }
             }
         }
+    }
+
+    /// Writes what the programs must know about a device, if the table says something else.
+    fn ensure_record(&self, index: u32, record: &DeviceRecord) -> Result<Link, Error> {
+        if self.ports.get(&index)?.as_ref() == Some(record) {
+            return Ok(Link::Kept);
+        }
+        self.ports.put(&index, record)?;
+        Ok(Link::New)
     }
 
     /// Takes the programs off a device that shall have none.
@@ -645,6 +676,10 @@ pub struct Task {
     pub repairs: Counter,
     /// Why some could not be, as it was told.
     pub unrepaired: BTreeSet<String>,
+    /// Who hears of both.
+    pub notices: Notices,
+    /// What keeps the pins.
+    pub guard: Guard,
 }
 
 /// What a look at all links comes to.
@@ -656,6 +691,8 @@ struct Repair {
     known: BTreeSet<String>,
     /// Those of this one.
     failed: BTreeSet<String>,
+    /// Who hears of both.
+    notices: Notices,
 }
 
 impl Repair {
@@ -665,18 +702,56 @@ impl Repair {
             Ok(Link::New) => {
                 self.done += 1;
                 warn!(program, %target, "a program had been detached by somebody else; it is attached again");
+                let note = format!("{program} had been detached from {target} by somebody else; it is attached again");
+                self.notices.tell(Notice::of_node("ProgramDetached", REPAIR, note));
             }
             Err(Error::Link { source, .. }) if is_gone(&source) => {}
-            Err(error) => {
-                let text = chain(&error).to_string();
-                if !self.known.contains(&text) {
-                    warn!(error = text, "a program that is gone cannot be attached again; it will be tried on");
-                }
-                self.failed.insert(text);
-            }
+            Err(error) => self.note_failure(&error),
         }
     }
+
+    /// What became of what the programs must know about a device.
+    fn note_record(&mut self, device: &str, result: Result<Link, Error>) {
+        match result {
+            Ok(Link::Kept) => {}
+            Ok(Link::New) => {
+                self.done += 1;
+                warn!(device, "somebody else has changed the record of a device; it is written again");
+                let note = "somebody else has changed the table devices of this node; it is written again";
+                self.notices.tell(Notice::of_node("TablesChanged", REPAIR, note));
+            }
+            Err(error) => self.note_failure(&error),
+        }
+    }
+
+    /// What became of pins: how many were made again.
+    fn note_pins(&mut self, result: Result<usize, Error>) {
+        match result {
+            Ok(0) => {}
+            Ok(count) => {
+                self.done += count as u64;
+                warn!(count, "somebody else has removed pins; they are made again");
+                let note = "somebody else has removed what is pinned on this node; it is pinned again";
+                self.notices.tell(Notice::of_node("PinsRemoved", REPAIR, note));
+            }
+            Err(error) => self.note_failure(&error),
+        }
+    }
+
+    /// Tells a failure that was not there at the last look.
+    fn note_failure(&mut self, error: &Error) {
+        let text = chain(error).to_string();
+        if !self.known.contains(&text) {
+            warn!(error = text, "what somebody else took away cannot be brought back; it will be tried on");
+            let note = format!("what somebody else took away is not brought back: {text}; it is tried on");
+            self.notices.tell(Notice::of_node("RepairFailed", REPAIR, note));
+        }
+        self.failed.insert(text);
+    }
 }
+
+/// What events about repairs say that was being done.
+pub const REPAIR: &str = "Repair";
 
 /// Between two looks at all links.
 pub const INSPECTION: Duration = Duration::from_secs(10);
@@ -730,7 +805,12 @@ impl Task {
 
     /// Attaches again what somebody else has detached.
     fn repair(&mut self) {
-        let mut repair = Repair { known: std::mem::take(&mut self.unrepaired), ..Repair::default() };
+        let known = std::mem::take(&mut self.unrepaired);
+        let mut repair = Repair { known, notices: self.notices.clone(), ..Repair::default() };
+        // Links have their pins in the directories that are made here.
+        let pinned = self.guard.repair(&self.devices.pins, &self.continuations);
+        repair.note_pins(pinned);
+        self.follow_cgroup(&mut repair);
         if let Some(sockets) = &self.sockets {
             sockets.repair(self.devices.programs(), &mut repair);
         }
@@ -738,6 +818,21 @@ impl Task {
         self.devices.repair(&network, &mut repair);
         self.repairs.inc_by(repair.done);
         self.unrepaired = repair.failed;
+    }
+
+    /// Moves to the control group that is now where the removed one was.
+    fn follow_cgroup(&mut self, repair: &mut Repair) {
+        let Some(sockets) = self.sockets.as_ref().filter(|sockets| !sockets.is_there()) else { return };
+        let path = sockets.path.clone();
+        match SocketLinks::open(&self.devices.pins, &path) {
+            Ok(new) => {
+                warn!(path = %path.display(), "the control group is another one now; the socket hooks move to it");
+                let note = format!("{} is another control group now; the socket hooks move to it", path.display());
+                self.notices.tell(Notice::of_node("ControlGroupReplaced", REPAIR, note));
+                self.sockets = Some(new);
+            }
+            Err(error) => repair.note_failure(&Error::CgroupGone { path, source: Box::new(error) }),
+        }
     }
 
     /// Puts our programs in the place of an earlier agent's, without waiting for `status`: before anything writes the
@@ -793,6 +888,7 @@ impl Task {
         if let Some(own) = pins.current()? {
             pins.remove_other_layouts(own)?;
         }
+        self.guard.begin(pins)?;
         self.has_left_earlier = true;
         Ok(())
     }

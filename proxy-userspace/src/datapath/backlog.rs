@@ -86,6 +86,11 @@ impl Backlog {
         needed_by(op).is_some_and(|entry| self.entries.contains_key(&entry))
     }
 
+    /// True if an operation on the same entry waits, or one that this one needs.
+    pub fn concerns(&self, op: &Op) -> bool {
+        self.entries.contains_key(&entry(op)) || self.blocks(op)
+    }
+
     /// Frontends that are not as they should be; what the table has of them may be of services that are gone.
     pub fn frontends(&self) -> impl Iterator<Item = &FrontendAddr> {
         let first = Entry::Frontend(FrontendAddr::FIRST);

@@ -16,6 +16,14 @@ impl Maps for Tables {
     fn service_at(&self, at: &FrontendAddr) -> Result<Option<ServiceId>, Error> {
         Ok(self.frontends.get(at).map(|value| ServiceId(value.service)))
     }
+
+    fn holds(&self, op: &Op) -> Result<bool, Error> {
+        Ok(Tables::holds(self, op))
+    }
+
+    fn repair_node(&mut self) -> Result<bool, Error> {
+        Ok(false)
+    }
 }
 
 /// Tables that refuse some operations, as a full map would. What is written to mapped arrays cannot be refused.
@@ -46,5 +54,13 @@ impl<F: FnMut(&Op) -> bool> Maps for Faulty<F> {
 
     fn service_at(&self, at: &FrontendAddr) -> Result<Option<ServiceId>, Error> {
         self.tables.service_at(at)
+    }
+
+    fn holds(&self, op: &Op) -> Result<bool, Error> {
+        Ok(self.tables.holds(op))
+    }
+
+    fn repair_node(&mut self) -> Result<bool, Error> {
+        Ok(false)
     }
 }

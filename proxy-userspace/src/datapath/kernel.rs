@@ -281,6 +281,15 @@ impl Continuations {
         sys::pin(fd.as_fd(), &Self::path(pins, *id)).map_err(on_map("pin", CONTINUATIONS))
     }
 
+    /// Pins it again if the pin is gone. True if it was.
+    pub fn repair(&self, pins: &Pins) -> Result<bool, Error> {
+        let is_gone = self.0.as_ref().is_some_and(|(_, id)| !Self::path(pins, *id).exists());
+        if is_gone {
+            self.pin(pins)?;
+        }
+        Ok(is_gone)
+    }
+
     /// Removes the pins of other loads. To be called when every link runs the programs of this one.
     pub fn prune_others(&self, pins: &Pins) -> Result<(), pins::Error> {
         let own = self.0.as_ref().map(|(_, id)| Self::path(pins, *id));

@@ -23,7 +23,7 @@ use tracing::warn;
 
 use super::kernel::{Error as KernelError, MapFds, on_map};
 use super::sys::{self, MappedWords};
-use crate::planner::{Cidrs, FrontendAddr, Op, ServiceId};
+use crate::planner::{Cidrs, FrontendAddr, Op, ServiceId, is_class};
 
 /// Why tables cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +77,12 @@ pub trait Maps {
 
     /// Whose a frontend is at the moment.
     fn service_at(&self, at: &FrontendAddr) -> Result<Option<ServiceId>, Error>;
+
+    /// True if the tables are as a change would leave them; of what it takes away, nothing is said.
+    fn holds(&self, op: &Op) -> Result<bool, Error>;
+
+    /// Writes again what no plan says: what the node itself fixes. True if it was other than this agent had written it.
+    fn repair_node(&mut self) -> Result<bool, Error>;
 }
 
 /// An array that userspace has mapped.
@@ -298,6 +304,7 @@ pub struct KernelMaps {
     services: MappedArray<ServiceRecord>,
     slots: MappedArray<Slot>,
     backends: MappedArray<BackendRecord>,
+    fixed: Mutex<Option<Fixed>>,
 }
 
 impl KernelMaps {
@@ -314,6 +321,7 @@ impl KernelMaps {
             services: MappedArray::open(maps, "services", true)?,
             slots: MappedArray::open(maps, "slots", true)?,
             backends: MappedArray::open(maps, "backends", true)?,
+            fixed: Mutex::default(),
         })
     }
 }
@@ -330,6 +338,50 @@ impl Maps for KernelMaps {
 
     fn service_at(&self, at: &FrontendAddr) -> Result<Option<ServiceId>, Error> {
         Ok(self.frontends.get(&at.record())?.map(|value| ServiceId(value.service)))
+    }
+
+    fn holds(&self, op: &Op) -> Result<bool, Error> {
+        match op {
+            Op::PutCidrs(cidrs) => self.has_cidrs(cidrs),
+            Op::PutName { id, name } => Ok(self.names.get(&id.0)? == Some(name.record())),
+            Op::PutBackend { id, record } => Ok(self.backends.read(id.0)? == *record),
+            // A wider prefix is found too: it lets in the same clients.
+            Op::AllowSource { id, net } => Ok(self.sources.get(&source_key(*id, net))?.is_some()),
+            Op::WriteSlots { base, slots } => self.has_slots(*base, slots),
+            Op::PublishService { id, record } => Ok(self.services.read(id.0)? == *record),
+            Op::PutFrontend { at, value } => Ok(self.frontends.get(&at.record())? == Some(*value)),
+            Op::PutAddress { addr, class, keep } => Ok(is_class(self.addresses.get(addr)?.as_ref(), *class, *keep)),
+            Op::PutPorts { index, word, keep } => {
+                Ok(self.ports.get(index)?.map_or(0, |known| known.bits) & !keep == word.bits & !keep)
+            }
+            Op::DeleteFrontend { .. }
+            | Op::DeleteAddress { .. }
+            | Op::ForbidSource { .. }
+            | Op::RetireBackend { .. }
+            | Op::RetireService { .. } => Ok(true),
+        }
+    }
+
+    fn repair_node(&mut self) -> Result<bool, Error> {
+        let fixed = *self.fixed.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(fixed) = fixed else { return Ok(false) };
+        let mut is_changed = false;
+        self.change_config(|config| is_changed = fixed.restore(config))?;
+        Ok(is_changed)
+    }
+}
+
+/// What this agent has fixed in the configuration of the programs.
+#[derive(Clone, Copy, Debug)]
+struct Fixed(Config);
+
+impl Fixed {
+    /// Puts it back. True if something was other.
+    fn restore(&self, config: &mut Config) -> bool {
+        let before = *config;
+        let Config { hash_key, node_netns, flags, snat_first, snat_last, local_first, local_last, .. } = self.0;
+        *config = Config { hash_key, node_netns, flags, snat_first, snat_last, local_first, local_last, ..before };
+        *config != before
     }
 }
 
@@ -438,7 +490,25 @@ impl KernelMaps {
             config.flags = node.flags;
             (config.snat_first, config.snat_last) = (node.snat.0.0, node.snat.1.0);
             (config.local_first, config.local_last) = (node.local.0.0, node.local.1.0);
+            *self.fixed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Fixed(*config));
         })
+    }
+
+    fn has_cidrs(&self, cidrs: &Cidrs) -> Result<bool, Error> {
+        let config = self.config()?;
+        let is = |count: u8, list: &[Cidr; MAX_CIDRS], wanted: &[Cidr]| (*list, count) == cidr_list(wanted);
+        Ok(is(config.service_cidr_count, &config.service_cidrs, &cidrs.service)
+            && is(config.cluster_cidr_count, &config.cluster_cidrs, &cidrs.cluster)
+            && is(config.pod_cidr_count, &config.pod_cidrs, &cidrs.pod))
+    }
+
+    fn has_slots(&self, base: u32, slots: &[Slot]) -> Result<bool, Error> {
+        for (position, slot) in (base..).zip(slots) {
+            if self.slots.read(position)? != *slot {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The state becomes visible last, and a changed address is never seen with a live state.

@@ -37,7 +37,7 @@ use crate::model::Family;
 use crate::planner::ServiceId;
 
 /// Reads what the kernel holds whenever metrics are asked for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Tables {
     maps: Arc<MapFds>,
     pins: Pins,
@@ -45,12 +45,24 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Makes the tables' metrics known to `registry`.
-    pub fn register(registry: &mut Registry, maps: MapFds, pins: Pins, sweep: watch::Receiver<sweep::Report>) {
-        let maps = Arc::new(maps);
+    /// Makes the tables' metrics known to `registry`. Gives back who reads them.
+    pub fn register(
+        registry: &mut Registry,
+        maps: Arc<MapFds>,
+        pins: Pins,
+        sweep: watch::Receiver<sweep::Report>,
+    ) -> Self {
         registry.sub_registry_with_prefix("kubeproxy").register_collector(Box::new(Locality(maps.clone())));
         let tables = Self { maps, pins, sweep };
-        registry.sub_registry_with_prefix("shunt").register_collector(Box::new(tables));
+        registry.sub_registry_with_prefix("shunt").register_collector(Box::new(tables.clone()));
+        tables
+    }
+
+    /// How many entries of a table are in use, and how many fit; none where that is not known.
+    pub fn usage(&self, name: &str) -> Result<Option<(usize, u32)>, Error> {
+        let capacity = sys::map_info(self.maps.get(name)?).map_err(super::kernel::on_map("examine", name))?.max_entries;
+        let sweep = *self.sweep.borrow();
+        Ok(self.entries(name, &sweep)?.map(|used| (used, capacity)))
     }
 
     fn read(&self) -> Result<Reading, Error> {

@@ -13,12 +13,15 @@
 //! | [`convert`] | records of older versions |
 //! | [`btf`] | what the kernel's own types say |
 //! | [`attach`] | links to control group and devices |
+//! | [`guard`] | pins that somebody else removes are made again |
 //! | [`device`] | which devices get which programs: a pure decision |
 //! | [`network`] | devices and addresses of the node, live |
 //! | [`other_proxies`] | traces of other service proxies |
 //! | [`node`] | facts about this node |
+//! | [`conntrack`] | limits and timeouts of the kernel's connection tracking, where they are asked for |
 //! | [`reserve`] | ports that the kernel shall not give to local sockets |
 //! | [`reconcile`] | the only writer: snapshot to plan to tables |
+//! | [`audit`] | what somebody else changes in the tables is found and written again |
 //! | [`backlog`] | operations that were refused, and those behind them |
 //! | [`progress`] | what the reconciler tells about its work |
 //! | [`restore`] | what the pinned tables say |
@@ -27,6 +30,8 @@
 //! | [`route`] | where the kernel would send a packet |
 //! | [`monitor`] | what the programs tell while somebody watches |
 //! | [`inspect`] | tables and attachments in words |
+//! | [`overlap`], [`listener`] | NodePorts that something else on this node has too |
+//! | [`fullness`] | tables that are nearly full |
 //! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
 //! | [`predecessor`], [`netfilter`] | what a kube-proxy that is replaced has open goes on without it |
@@ -44,14 +49,18 @@
 //! kernel's generic mode, in which segmented senders crawl. On a veth, resets are left to tcx (see `uplink` in the eBPF
 //! crate), and partial checksums are the user's affair.
 pub mod attach;
+pub mod audit;
 pub mod backlog;
 pub mod backoff;
 pub mod btf;
 pub mod carry;
+pub mod conntrack;
 pub mod convert;
 pub mod device;
 pub mod dry_run;
 pub mod fake;
+pub mod fullness;
+pub mod guard;
 pub mod handover;
 pub mod inspect;
 pub mod kept;
@@ -59,6 +68,7 @@ pub mod kernel;
 pub mod kfunc;
 pub mod layout;
 pub mod lookup;
+pub mod listener;
 pub mod maps;
 pub mod metrics;
 pub mod monitor;
@@ -67,6 +77,7 @@ pub mod network;
 pub mod node;
 pub mod object;
 pub mod other_proxies;
+pub mod overlap;
 pub mod pins;
 pub mod predecessor;
 pub mod progress;

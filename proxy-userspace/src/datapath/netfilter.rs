@@ -1,30 +1,30 @@
 //! What Shunt asks of netfilter, over netlink: which connections the kernel translates the destination of, that it goes on
-//! doing so, and which chains there are.
+//! doing so, which chains there are, and which ports of this node are translated for containers.
 //!
 //! The kernel translates by hooks that it registers with the first NAT chain of a network namespace and removes with the
 //! last one, and it tracks connections while some rule asks about them: a kube-proxy that takes its rules away takes the
 //! translation of all its connections with them, unless others have such. [`keep_translating`] makes one chain with one rule
 //! that asks and decides nothing.
-//! May touch: the connection table, for reading; one table of nf_tables, named [`TABLE`].
+//! May touch: the connection table and the rules, for reading; one table of nf_tables, named [`TABLE`].
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proxy_common::addr::{Addr, Port, Proto};
 
-use super::sys::NetfilterSocket;
+use super::sys::NetlinkSocket;
 
 /// Name of the table.
 pub const TABLE: &str = "shunt-keeps-translating";
 
 // linux/netlink.h
-const NLM_F_REQUEST: u16 = 1;
+pub(super) const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
+pub(super) const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_CREATE: u16 = 0x400;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
+pub(super) const NLMSG_ERROR: u16 = 2;
+pub(super) const NLMSG_DONE: u16 = 3;
 const NLA_F_NESTED: u16 = 1 << 15;
 const NLA_TYPE_MASK: u16 = 0x3fff;
 
@@ -53,6 +53,7 @@ const NEW_TABLE: u16 = NF_TABLES;
 const DELETE_TABLE: u16 = NF_TABLES | 2;
 const NEW_CHAIN: u16 = NF_TABLES | 3;
 const GET_CHAIN: u16 = NF_TABLES | 4;
+const GET_RULE: u16 = NF_TABLES | 7;
 const NEW_RULE: u16 = NF_TABLES | 6;
 const TABLE_NAME: u16 = 1;
 const CHAIN_TABLE: u16 = 1;
@@ -70,6 +71,16 @@ const EXPRESSION_DATA: u16 = 2;
 const CT_REGISTER: u16 = 1;
 const CT_KEY: u16 = 2;
 const CT_KEY_DIRECTION: u32 = 1;
+const META_KEY: u16 = 2;
+const META_L4PROTO: u32 = 16;
+const PAYLOAD_BASE: u16 = 2;
+const PAYLOAD_OFFSET: u16 = 3;
+const PAYLOAD_NETWORK: u32 = 1;
+const PAYLOAD_TRANSPORT: u32 = 2;
+const NAT_TYPE: u16 = 1;
+const NAT_DESTINATION: u32 = 1;
+/// linux/netfilter/nf_tables_compat.h
+const TARGET_NAME: u16 = 1;
 const COMPARE_REGISTER: u16 = 1;
 const COMPARE_OPERATION: u16 = 2;
 const COMPARE_WITH: u16 = 3;
@@ -163,14 +174,133 @@ pub fn chains() -> io::Result<Vec<(String, String)>> {
 fn parse_chain(body: &[u8]) -> Option<(String, String)> {
     let text = |wanted| {
         let (_, value) = attributes(body.get(HEADER..)?).find(|(kind, _)| *kind == wanted)?;
-        String::from_utf8(value.strip_suffix(&[0]).unwrap_or(value).to_vec()).ok()
+        parse_text(value)
     };
     Some((text(CHAIN_TABLE)?, text(CHAIN_NAME)?))
 }
 
+/// A rule that translates the destination of packets to one port of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortRule {
+    /// The chain that it is in.
+    pub chain: String,
+    /// At which address; none: at all of them.
+    pub addr: Option<Addr>,
+    /// The port.
+    pub port: Port,
+    /// Its protocol.
+    pub proto: Proto,
+}
+
+/// Chains and tables in which containers get ports of this node: CNI's `portmap` by iptables and by nftables, Docker.
+const PORT_CHAINS: [&str; 3] = ["CNI-DN-", "CNI-HOSTPORT-", "DOCKER"];
+const PORT_TABLES: [&str; 1] = ["cni_hostport"];
+
+/// Such rules, in chains that are made for containers.
+pub fn port_rules() -> io::Result<Vec<PortRule>> {
+    let is_for_ports = |table: &str, chain: &str| {
+        PORT_TABLES.contains(&table) || PORT_CHAINS.iter().any(|start| chain.starts_with(start))
+    };
+    let mut tables: Vec<_> =
+        chains()?.into_iter().filter(|(table, chain)| is_for_ports(table, chain)).map(|(table, _)| table).collect();
+    tables.sort();
+    tables.dedup();
+    let mut rules = Vec::new();
+    for table in tables {
+        let mut request = Message::new(GET_RULE, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8);
+        request.text(RULE_TABLE, &table);
+        dump(request, |body| rules.extend(parse_port_rule(body).filter(|rule| is_for_ports(&table, &rule.chain))))?;
+    }
+    Ok(rules)
+}
+
+/// A rule as far as it tells one port of a destination that it translates; none if it does not.
+fn parse_port_rule(body: &[u8]) -> Option<PortRule> {
+    let (mut chain, mut reading) = (None, Reading::default());
+    for (kind, value) in attributes(body.get(HEADER..)?) {
+        match kind {
+            RULE_CHAIN => chain = parse_text(value),
+            RULE_EXPRESSIONS => attributes(value).for_each(|(_, expression)| reading.take(expression)),
+            _ => {}
+        }
+    }
+    let Reading { addr, port, proto, is_translated, .. } = reading;
+    let (port, proto) = (Port(port?), Proto(proto?));
+    is_translated.then_some(PortRule { chain: chain?, addr, port, proto })
+}
+
+fn parse_text(value: &[u8]) -> Option<String> {
+    String::from_utf8(value.strip_suffix(&[0]).unwrap_or(value).to_vec()).ok()
+}
+
+/// What the expressions of a rule have said so far.
+#[derive(Default)]
+struct Reading {
+    /// What was loaded last: what is compared next.
+    loaded: Option<Field>,
+    addr: Option<Addr>,
+    port: Option<u16>,
+    proto: Option<u8>,
+    is_translated: bool,
+}
+
+/// Something of a packet that a rule compares.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Field {
+    Proto,
+    Destination,
+    Port,
+}
+
+impl Reading {
+    fn take(&mut self, expression: &[u8]) {
+        let find = |kind| attributes(expression).find(|(found, _)| *found == kind).map(|(_, value)| value);
+        let (Some(name), data) = (find(EXPRESSION_NAME), find(EXPRESSION_DATA).unwrap_or_default()) else { return };
+        let word = |wanted| {
+            let (_, value) = attributes(data).find(|(kind, _)| *kind == wanted)?;
+            Some(u32::from_be_bytes(value.try_into().ok()?))
+        };
+        match name.strip_suffix(&[0]).unwrap_or(name) {
+            b"meta" => self.loaded = (word(META_KEY) == Some(META_L4PROTO)).then_some(Field::Proto),
+            b"payload" => self.loaded = loaded(word(PAYLOAD_BASE), word(PAYLOAD_OFFSET)),
+            b"cmp" if word(COMPARE_OPERATION) == Some(COMPARE_EQUAL) => self.compare(data),
+            b"nat" => self.is_translated |= word(NAT_TYPE) == Some(NAT_DESTINATION),
+            b"target" => {
+                let target = attributes(data).find(|(kind, _)| *kind == TARGET_NAME);
+                self.is_translated |= target.is_some_and(|(_, name)| name.starts_with(b"DNAT\0"));
+            }
+            _ => {}
+        }
+    }
+
+    fn compare(&mut self, data: &[u8]) {
+        let with = attributes(data).find(|(kind, _)| *kind == COMPARE_WITH).map(|(_, with)| with).unwrap_or_default();
+        let value = attributes(with).find(|(kind, _)| *kind == DATA_VALUE).map(|(_, value)| value).unwrap_or_default();
+        match (self.loaded.take(), value) {
+            (Some(Field::Proto), [proto]) => self.proto = Some(*proto),
+            (Some(Field::Port), [high, low]) => self.port = Some(u16::from_be_bytes([*high, *low])),
+            (Some(Field::Destination), value) => {
+                let v4 = <[u8; 4]>::try_from(value).map(|bytes| Addr::from(Ipv4Addr::from(bytes)));
+                let v6 = || <[u8; 16]>::try_from(value).map(|bytes| Addr::from(Ipv6Addr::from(bytes)));
+                self.addr = v4.or_else(|_| v6()).ok();
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What a part of a packet is: RFC 791 and 8200 have the destination address at 16 and 24, TCP and UDP the port at 2.
+fn loaded(base: Option<u32>, offset: Option<u32>) -> Option<Field> {
+    match (base?, offset?) {
+        (PAYLOAD_NETWORK, 16 | 24) => Some(Field::Destination),
+        (PAYLOAD_TRANSPORT, 2) => Some(Field::Port),
+        _ => None,
+    }
+}
+
 /// Calls `visit` with every element of a list.
 fn dump(request: Message, mut visit: impl FnMut(&[u8])) -> io::Result<()> {
-    let socket = NetfilterSocket::open()?;
+    let socket = NetlinkSocket::netfilter()?;
     socket.send(&request.finish())?;
     let mut buffer = vec![0; 1 << 16];
     loop {
@@ -217,7 +347,7 @@ fn parse_tuple(tuple: &[u8]) -> Option<Dialled> {
 const HEADER: usize = 4;
 
 /// Kinds and bodies of netlink messages.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
         let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
@@ -239,7 +369,7 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 /// The result that an error message carries: zero is success.
-fn answer(body: &[u8]) -> io::Result<()> {
+pub(super) fn answer(body: &[u8]) -> io::Result<()> {
     let code = body.get(..4).and_then(|code| code.try_into().ok()).map_or(0, i32::from_ne_bytes);
     if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) }
 }
@@ -315,7 +445,7 @@ impl Batch {
     /// Sends it and waits for what becomes of each message.
     fn send(mut self) -> io::Result<()> {
         self.bytes.extend(Message::new(BATCH_END, 0, self.sequence + 1, 0).finish());
-        let socket = NetfilterSocket::open()?;
+        let socket = NetlinkSocket::netfilter()?;
         socket.send(&self.bytes)?;
         let mut buffer = vec![0; 1 << 13];
         let mut answered = 0;
@@ -374,6 +504,52 @@ mod tests {
         assert_eq!(found, [("nat".to_owned(), "KUBE-SERVICES".to_owned())]);
         for end in 0..bytes.len() {
             assert_eq!(messages(&bytes[..end]).filter_map(|(_, body)| parse_chain(body)).count(), 0, "{end} bytes");
+        }
+    }
+
+    /// A rule as iptables writes it: -p tcp -d ADDR --dport 30080 -j DNAT.
+    fn rule(target: &[u8]) -> Vec<u8> {
+        let load = |message: &mut Message, base: u32, offset: u32| {
+            message.expression("payload", |data| {
+                data.attribute(PAYLOAD_BASE, &base.to_be_bytes());
+                data.attribute(PAYLOAD_OFFSET, &offset.to_be_bytes());
+            });
+        };
+        let compare = |message: &mut Message, value: &[u8]| {
+            message.expression("cmp", |data| {
+                data.attribute(COMPARE_OPERATION, &COMPARE_EQUAL.to_be_bytes());
+                data.nested(COMPARE_WITH, |with| with.attribute(DATA_VALUE, value));
+            });
+        };
+        let mut message = Message::new(NEW_RULE, 0, 1, 2);
+        message.text(RULE_TABLE, "nat");
+        message.text(RULE_CHAIN, "CNI-DN-1");
+        message.nested(RULE_EXPRESSIONS, |list| {
+            list.expression("meta", |data| data.attribute(META_KEY, &META_L4PROTO.to_be_bytes()));
+            compare(list, &[6]);
+            // The source is none of it.
+            load(list, PAYLOAD_NETWORK, 12);
+            compare(list, &[10, 0, 0, 9]);
+            load(list, PAYLOAD_NETWORK, 16);
+            compare(list, &[10, 0, 0, 7]);
+            load(list, PAYLOAD_TRANSPORT, 2);
+            compare(list, &30080u16.to_be_bytes());
+            list.expression("target", |data| data.attribute(TARGET_NAME, target));
+        });
+        message.finish()
+    }
+
+    #[test]
+    fn a_rule_tells_the_port_that_it_translates() {
+        let parse = |bytes: &[u8]| messages(bytes).find_map(|(_, body)| parse_port_rule(body));
+        let addr = Some(Ipv4Addr::new(10, 0, 0, 7).into());
+        let expected = PortRule { chain: "CNI-DN-1".into(), addr, port: Port(30080), proto: Proto::TCP };
+        assert_eq!(parse(&rule(b"DNAT\0")), Some(expected));
+        assert_eq!(parse(&rule(b"MARK\0")), None, "it translates nothing");
+        let whole = rule(b"DNAT\0");
+        let (_, body) = messages(&whole).next().expect("it is whole");
+        for length in 0..body.len() {
+            let _ = parse_port_rule(&body[..length]);
         }
     }
 

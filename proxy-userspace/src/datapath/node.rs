@@ -35,6 +35,8 @@ pub enum Error {
 
 const LOCAL_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 const FORWARDING: [&str; 2] = ["/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"];
+const IPV6: &str = "/proc/sys/net/ipv6";
+const IPV6_OFF: &str = "/proc/sys/net/ipv6/conf/all/disable_ipv6";
 
 /// The parts of a node's facts that the configuration fixes, completed by what the network says now. Without IPv6 link-local
 /// addresses: every device has one, pods' too, and nothing is served on them.
@@ -89,6 +91,17 @@ pub fn local_port_range() -> Result<(Port, Port), Error> {
 pub fn forwarding_off() -> Vec<&'static str> {
     let is_off = |path: &&str| fs::read_to_string(path).is_ok_and(|text| text.trim() == "0");
     FORWARDING.into_iter().filter(is_off).collect()
+}
+
+/// Why IPv6 is not served on this node, in words; none if it is.
+pub fn ipv6_off() -> Option<&'static str> {
+    if !Path::new(IPV6).exists() {
+        return Some("the kernel has no IPv6 here: addresses of services in it are not served");
+    }
+    let is_off = fs::read_to_string(IPV6_OFF).is_ok_and(|text| text.trim() == "1");
+    is_off.then_some(
+        "it is switched off on this node (net.ipv6.conf.all.disable_ipv6): addresses of services in it are not served",
+    )
 }
 
 fn read(path: &str) -> Result<String, Error> {

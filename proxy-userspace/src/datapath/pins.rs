@@ -168,6 +168,11 @@ impl Pins {
         Ok(())
     }
 
+    /// Makes a directory below, if it is not there.
+    pub fn ensure(&self, directory: &Path) -> Result<(), Error> {
+        create_directory(directory)
+    }
+
     /// Takes the right to change what is pinned here, or says who has it. The directory must exist.
     ///
     /// Tries for a moment: somebody may just be asking [`Self::is_locked`].

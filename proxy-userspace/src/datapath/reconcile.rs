@@ -10,12 +10,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 
 use proxy_common::abi::config::MAX_CIDRS;
 use proxy_common::addr::Addr;
 
+use super::audit::{self, Found, Teller};
 use super::backlog::Backlog;
 use super::maps::{self, Maps};
 use super::progress::Reporter;
@@ -23,7 +24,7 @@ use super::sys;
 use crate::drain::Drain;
 use crate::error::chain;
 use crate::model::{Reader, ServiceKey, Snapshot, SourceId};
-use crate::planner::{Epoch, FrontendAddr, HealthChecks, Op, Plan, Problem, ServiceId, Stage, State, Subject};
+use crate::planner::{Epoch, FrontendAddr, HealthChecks, Op, Place, Plan, Problem, ServiceId, Stage, State, Subject};
 
 /// What was done, and what could not be done.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -243,6 +244,23 @@ impl<M: Maps> Reconciler<M> {
         self.clear_unread()
     }
 
+    /// Looks at the part of the tables that begins at `place`, and writes again what somebody else has changed. What was
+    /// wrong; nothing is looked at while a plan is under way: then more may be there than is known.
+    pub fn audit(&mut self, place: &Place) -> Result<Found, maps::Error> {
+        let Some(state) = self.state.as_ref().filter(|state| state.node().is_some() && self.retiring.is_empty()) else {
+            return Ok(Found { rest: Some(place.clone()), ..Found::default() });
+        };
+        let found = audit::look(state, &self.maps, &self.backlog, place)?;
+        let (subjects, ops): (Vec<_>, Vec<_>) = found.ops.iter().map(|(subject, op)| (subject, op)).unzip();
+        self.apply_ops(&subjects, &ops);
+        Ok(found)
+    }
+
+    /// Writes again what the node itself fixes. True if it was other.
+    pub fn repair_node(&mut self) -> Result<bool, maps::Error> {
+        self.maps.repair_node()
+    }
+
     /// What could not be done.
     fn failures(&self) -> Vec<Failure> {
         let failure = |(subject, waiting): (&Subject, &super::backlog::Waiting)| Failure {
@@ -299,12 +317,17 @@ pub struct Task<M> {
     pub pending: Arc<[SourceId]>,
     /// To whom it tells what it is at.
     pub reporter: Reporter,
+    /// To whom it tells what somebody else has changed.
+    pub teller: Teller,
 }
 
 impl<M: Maps> Task<M> {
     /// Follows the snapshots until the drain; then does the last one and leaves the tables as they are.
     pub async fn run(mut self, mut drain: Drain) {
         let mut grace = Grace::default();
+        let mut audit = tokio::time::interval_at(Instant::now() + audit::INTERVAL, audit::INTERVAL);
+        audit.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut place = Place::default();
         // The first snapshot is there from the start.
         self.snapshots.mark_changed();
         loop {
@@ -316,6 +339,7 @@ impl<M: Maps> Task<M> {
                 },
                 Some(unused) = self.unused.recv() => self.prune(unused),
                 count = grace.passed() => if self.work(|reconciler| reconciler.retire(count)) { self.advance() },
+                _ = audit.tick() => place = self.audit(place),
                 () = until(retry_at) => if self.work(|reconciler| reconciler.retry(Instant::now())) { self.advance() },
                 () = drain.wait() => break,
             }
@@ -344,6 +368,17 @@ impl<M: Maps> Task<M> {
                 .applied(elapsed, snapshot.changes, |service| backlog.holds(&Subject::Service(service.clone())));
         }
         debug!(operations = done, elapsed = ?start.elapsed(), "reconciled");
+    }
+
+    /// Looks at a part of the tables, and at all the rest if something is wrong there. Where the next look begins.
+    fn audit(&mut self, place: Place) -> Place {
+        let teller = std::mem::take(&mut self.teller);
+        let next = blocking(|| audit_on(&mut self.reconciler, place, &teller));
+        self.teller = teller;
+        next.unwrap_or_else(|error| {
+            self.teller.tell_error(&error);
+            Place::default()
+        })
     }
 
     fn prune(&mut self, unused: Vec<Addr>) {
@@ -380,6 +415,23 @@ impl<M: Maps> Task<M> {
             *known = health_checks;
             is_new
         });
+    }
+}
+
+fn audit_on<M: Maps>(reconciler: &mut Reconciler<M>, mut place: Place, teller: &Teller) -> Result<Place, maps::Error> {
+    if reconciler.repair_node()? {
+        teller.tell_config();
+    }
+    loop {
+        let found = reconciler.audit(&place)?;
+        let is_clean = found.ops.is_empty();
+        if !is_clean {
+            teller.tell(&found.ops);
+        }
+        match found.rest {
+            Some(rest) if !is_clean => place = rest,
+            rest => return Ok(rest.unwrap_or_default()),
+        }
     }
 }
 
@@ -593,6 +645,38 @@ mod tests {
         for number in [1, 3] {
             assert_eq!(frontends_of(tables, number).len(), 3, "two ClusterIP ports and a NodePort");
         }
+    }
+
+    #[test]
+    fn what_somebody_else_takes_out_of_the_tables_is_written_again() {
+        let mut reconciler = reconciler(Tables::default());
+        run(&mut reconciler, &history());
+        let before = reconciler.maps().clone();
+        assert!(reconciler.audit(&Place::default()).unwrap().ops.is_empty(), "nothing is wrong");
+        let at = *before.frontends.keys().next().unwrap();
+        reconciler.maps.frontends.remove(&at);
+        assert_eq!(reconciler.audit(&Place::default()).unwrap().ops.len(), 1);
+        assert_eq!(reconciler.maps().frontends, before.frontends);
+        reconciler.maps = Tables::default();
+        let found = reconciler.audit(&Place::default()).unwrap();
+        assert!(found.ops.len() > 20 && found.rest.is_none(), "{found:?}");
+        let written = reconciler.maps();
+        assert_eq!((&written.frontends, &written.services), (&before.frontends, &before.services));
+        assert_eq!((&written.names, &written.backends), (&before.names, &before.backends));
+        assert!(reconciler.audit(&Place::default()).unwrap().ops.is_empty(), "all is well again");
+    }
+
+    #[test]
+    fn what_was_refused_is_not_taken_for_somebody_elses_doing_and_nothing_is_looked_at_meanwhile() {
+        let mut reconciler = without_external();
+        run(&mut reconciler, &[external_snapshot([(1, 1), (0, 0), (0, 0)])]);
+        assert!(reconciler.has_failures());
+        assert!(reconciler.audit(&Place::default()).unwrap().ops.is_empty());
+        // A plan under way: what it frees is still there.
+        reconciler.advance(&external_snapshot([(2, 1), (0, 0), (0, 0)]));
+        reconciler.maps.tables = Tables::default();
+        assert!(reconciler.retiring() > 0);
+        assert!(reconciler.audit(&Place::default()).unwrap().ops.is_empty());
     }
 
     /// Every operation of the history that can be refused is refused once, each in a run of its own: afterwards the tables

@@ -2,7 +2,11 @@
 //!
 //! What others reserve stays theirs. What is reserved on our behalf is remembered in the pin directory, a note for each
 //! range: a note is made before its ports are reserved, and removed after they are released, so a crash forgets nothing,
-//! and `shunt cleanup` releases exactly these. However many services change, a set of ports is one write to the kernel.
+//! and `shunt cleanup` releases exactly these. A process that asks for such a port by number gets it: nothing is bound in its
+//! place, as kube-proxy once did (that of 1.36 does nothing to keep NodePorts free, reserving included). Who has one all the
+//! same is found by [`super::overlap`] and told.
+//!
+//! However many services change, a set of ports is one write to the kernel.
 //! May touch: net.ipv4.ip_local_reserved_ports, notes in the pin directory.
 
 use std::collections::{BTreeMap, BTreeSet};

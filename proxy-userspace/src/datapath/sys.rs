@@ -548,15 +548,24 @@ pub fn trim_heap() {
     }
 }
 
-/// A netlink socket to netfilter of the calling thread's network namespace.
-pub struct NetfilterSocket(OwnedFd);
+/// A netlink socket to a subsystem of the calling thread's network namespace.
+pub struct NetlinkSocket(OwnedFd);
 
-impl NetfilterSocket {
-    /// A fresh one.
-    pub fn open() -> io::Result<Self> {
+impl NetlinkSocket {
+    /// A fresh one to netfilter.
+    pub fn netfilter() -> io::Result<Self> {
+        Self::open(libc::NETLINK_NETFILTER)
+    }
+
+    /// A fresh one to the lists of sockets.
+    pub fn sock_diag() -> io::Result<Self> {
+        Self::open(libc::NETLINK_SOCK_DIAG)
+    }
+
+    fn open(subsystem: i32) -> io::Result<Self> {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
         // SAFETY: no pointers.
-        let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_NETFILTER) };
+        let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, subsystem) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }

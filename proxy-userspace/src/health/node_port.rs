@@ -36,6 +36,7 @@ use super::{Health, status_code};
 use crate::drain::{self, Drain};
 use crate::model::{Family, ServiceKey};
 use crate::planner::{HealthCheck, HealthChecks};
+use crate::telemetry::event::notice::Alarm;
 use crate::telemetry::http::{Answer, BIND_RETRY, Handler, Question, Server};
 
 /// After the first failure; doubled up to [`BIND_RETRY`]. A port that changes hands is free a moment later, and so is an
@@ -159,9 +160,9 @@ impl Listener {
             true => info!(address = %self.address, "listening on a healthCheckNodePort at last"),
             false => debug!(address = %self.address, "listening on a healthCheckNodePort"),
         }
-        Server { name: "health-check NodePort", address: self.address, handler: self.probe }
-            .serve(listener, drain)
-            .await;
+        // The address is there: there is nothing to tell.
+        let (name, address, alarm) = ("health-check NodePort", self.address, Alarm::default());
+        Server { name, address, handler: self.probe, alarm }.serve(listener, drain).await;
     }
 
     async fn bind(&self) -> TcpListener {

@@ -147,6 +147,8 @@ impl Object {
 pub struct ObjectProblem {
     /// Where it was found: a file, or an object.
     pub place: String,
+    /// The object, where its source knows it by name.
+    pub object: Option<ObjectKey>,
     /// What is wrong: names the field and the limit.
     pub message: String,
 }

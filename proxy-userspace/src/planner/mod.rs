@@ -16,6 +16,7 @@
 //! | `work` | one step under way |
 //! | [`plan`] | [`Plan`]: the changes |
 //! | [`tables`] | [`Tables`]: all entries of the maps, and what a change does to them |
+//! | [`audit`] | what the tables say if nobody else writes them |
 //! | `text` | the text form of plans and tables |
 //! | [`problem`] | what a service asks for that cannot be done |
 //!
@@ -28,6 +29,7 @@
 //! - Planning everything from nothing leads to the same tables as any sequence of changes (but for ids and positions,
 //!   and for addresses that linger because flows may still use them).
 
+pub mod audit;
 mod backends;
 mod claims;
 mod endpoints;
@@ -48,6 +50,7 @@ mod work;
 #[cfg(test)]
 mod tests;
 
+pub use audit::{Place, Stated};
 pub use health_check::{HealthCheck, HealthChecks};
 pub use ids::{BackendId, Epoch, Limits, ServiceId};
 pub use key::{BackendAddr, FrontendAddr, PortName};
@@ -56,5 +59,5 @@ pub use plan::{Cidrs, Group, Op, Plan, Stage, Subject};
 pub use problem::Problem;
 pub use service::{FrontendKind, Layout, PlannedBackend, PlannedFrontend, PortPlan, ServicePlan, plan_service};
 pub use state::State;
-pub use tables::Tables;
+pub use tables::{Tables, is_class};
 pub use usage::SnatPorts;

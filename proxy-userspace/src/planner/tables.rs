@@ -81,6 +81,31 @@ impl Tables {
         }
     }
 
+    /// True if they are as a change would leave them; of what it would take away, that it is not there. What the programs mark
+    /// by themselves may be there.
+    pub fn holds(&self, op: &Op) -> bool {
+        match op {
+            Op::PutCidrs(cidrs) => self.cidrs == **cidrs,
+            Op::PutName { id, name } => self.names.get(id).is_some_and(|known| *known == name.to_string()),
+            Op::PutBackend { id, record } => self.backends.get(id) == Some(record),
+            Op::AllowSource { id, net } => self.sources.get(id).is_some_and(|known| known.contains(net)),
+            Op::ForbidSource { id, net } => !self.sources.get(id).is_some_and(|known| known.contains(net)),
+            Op::WriteSlots { base, slots } => {
+                (*base..).zip(slots).all(|(position, slot)| self.slots.get(&position) == Some(slot))
+            }
+            Op::PublishService { id, record } => self.services.get(id) == Some(record),
+            Op::PutFrontend { at, value } => self.frontends.get(at) == Some(value),
+            Op::DeleteFrontend { at } => !self.frontends.contains_key(at),
+            Op::PutAddress { addr, class, keep } => is_class(self.addresses.get(addr), *class, *keep),
+            Op::DeleteAddress { addr } => !self.addresses.contains_key(addr),
+            Op::PutPorts { index, word, keep } => {
+                self.ports.get(index).map_or(0, |known| known.bits) & !keep == word.bits & !keep
+            }
+            Op::RetireBackend { id } => !self.backends.contains_key(id),
+            Op::RetireService { id } => !self.services.contains_key(id),
+        }
+    }
+
     fn forbid_source(&mut self, id: ServiceId, net: &IpNet) {
         let Some(known) = self.sources.get_mut(&id) else { return };
         known.remove(net);
@@ -96,4 +121,9 @@ impl Tables {
             bits => self.ports.insert(index, PortWord { bits }),
         };
     }
+}
+
+/// True if an address has this class, and maybe flags of `keep` beside.
+pub fn is_class(known: Option<&AddressClass>, wanted: AddressClass, keep: u32) -> bool {
+    known.is_some_and(|known| known.flags & !keep == wanted.flags & !keep && known.flags & wanted.flags == wanted.flags)
 }

@@ -459,6 +459,33 @@ impl World {
         assert_eq!((settled.names.len(), settled.backends.len()), (fresh.names.len(), fresh.backends.len()));
     }
 
+    /// What the state says of the tables is so, and all of it: from nothing, it makes the same tables.
+    fn check_stated(&mut self, most: usize) {
+        let settled = self.settled();
+        let state = self.state.as_ref().unwrap();
+        let (mut place, mut written) = (Some(Place::default()), Tables::default());
+        while let Some(at) = place {
+            let stated = state.stated(&at, most);
+            for (subject, op) in &stated.ops {
+                assert!(self.tables.holds(op), "{subject:?}: {op:?}");
+                assert!(
+                    written.holds(op) || {
+                        written.apply(op);
+                        written.holds(op)
+                    },
+                    "{op:?} is not held when it is done"
+                );
+            }
+            place = stated.rest;
+        }
+        written.addresses.values_mut().for_each(|class| class.flags &= !AddressClass::FLOWS);
+        written.addresses.retain(|_, class| class.flags != 0);
+        assert_eq!(written.to_string(), settled.to_string(), "left: as stated, right: as they are");
+        assert_eq!((&written.names, &written.backends), (&settled.names, &settled.backends));
+        assert_eq!((&written.frontends, &written.services), (&settled.frontends, &settled.services));
+        assert_eq!((&written.addresses, &written.ports), (&settled.addresses, &settled.ports));
+    }
+
     /// Nothing is left to do for a state read back from its own tables.
     fn check_restored_is_idle(&mut self) {
         self.settled();
@@ -489,6 +516,16 @@ proptest! {
         world.advance();
         world.check_against_rebuild();
         world.check_restored_is_idle();
+    }
+
+    #[test]
+    fn what_is_stated_of_the_tables_is_all_there_is(steps in prop::collection::vec(step(), 1..40), most in 1usize..5) {
+        let mut world = World::new(LIMITS);
+        for step in &steps {
+            world.step(step);
+        }
+        world.advance();
+        world.check_stated(most);
     }
 
     #[test]

@@ -109,6 +109,12 @@ impl Addresses {
         self.0.iter().map(|(addr, uses)| (*addr, uses))
     }
 
+    /// What the table says of an address, as a change that leaves alone what the programs mark.
+    pub(super) fn stated(&self, addr: Addr) -> Option<Op> {
+        let flags = self.0.get(&addr)?.programmed();
+        (flags != 0).then(|| put_address(addr, flags, flags))
+    }
+
     /// The change that gives an address what it lacks.
     pub(super) fn reveal(&mut self, addr: Addr) -> Option<Op> {
         let uses = self.at(addr);
@@ -209,6 +215,12 @@ impl Ports {
     /// Every word.
     pub(super) fn words() -> impl Iterator<Item = u32> {
         0..PORT_WORDS
+    }
+
+    /// What the table says in a word, as a change; none if that is nothing.
+    pub(super) fn stated(&self, index: u32) -> Option<Op> {
+        let bits = *self.programmed.get(&index)?;
+        Some(Op::PutPorts { index, word: PortWord { bits }, keep: marked(&self.snat, index) })
     }
 
     /// The change that gives a word what it lacks.

@@ -22,6 +22,9 @@ use tracing::{debug, warn};
 
 use super::source::{SourceReport, Sources};
 use crate::datapath::attach::XdpRefusal;
+use crate::datapath::fullness::NearlyFull;
+use crate::datapath::node;
+use crate::datapath::overlap::Overlaps;
 use crate::datapath::reconcile::Status;
 use crate::health::node_port::Refusals;
 use crate::planner::Subject;
@@ -58,6 +61,10 @@ pub struct Report {
     /// Devices that refuse the XDP program.
     #[serde(default)]
     pub xdp_refused: Vec<Trouble>,
+    /// Tables that are nearly full.
+    pub nearly_full: Vec<Trouble>,
+    /// Families of addresses in which nothing is served here.
+    pub families_off: Vec<Trouble>,
 }
 
 /// Something that is not as it should be.
@@ -73,7 +80,14 @@ pub struct Trouble {
 type XdpRefusals = BTreeMap<u32, XdpRefusal>;
 
 impl Report {
-    fn new(status: &Status, sources: Vec<SourceReport>, health_checks: &Refusals, xdp_refused: &XdpRefusals) -> Self {
+    fn new(
+        status: &Status,
+        sources: Vec<SourceReport>,
+        health_checks: &Refusals,
+        xdp_refused: &XdpRefusals,
+        nearly_full: &NearlyFull,
+        overlaps: &Overlaps,
+    ) -> Self {
         let refused = status.failures.iter().map(|failure| Trouble {
             subject: subject_text(&failure.subject),
             message: format!("{} (tried {} times, {} changes wait)", failure.error, failure.attempts, failure.waiting),
@@ -84,15 +98,23 @@ impl Report {
         let unserved = health_checks
             .values()
             .map(|refusal| Trouble { subject: refusal.service.to_string(), message: refusal.to_string() });
+        let taken = overlaps
+            .values()
+            .map(|overlap| Trouble { subject: overlap.service.to_string(), message: overlap.to_string() });
         Self {
             ready: status.is_ready,
             pending_sources: status.pending.iter().map(ToString::to_string).collect(),
             sources,
             refused: refused.collect(),
-            problems: problems.chain(unserved).collect(),
+            problems: problems.chain(unserved).chain(taken).collect(),
             xdp_refused: xdp_refused
                 .values()
                 .map(|refusal| Trouble { subject: refusal.device.clone(), message: refusal.reason.clone() })
+                .collect(),
+            families_off: Vec::new(),
+            nearly_full: nearly_full
+                .values()
+                .map(|usage| Trouble { subject: usage.table.to_owned(), message: usage.to_string() })
                 .collect(),
         }
     }
@@ -114,6 +136,8 @@ pub async fn serve(
     sources: Sources,
     health_checks: watch::Receiver<Refusals>,
     xdp_refused: watch::Receiver<XdpRefusals>,
+    nearly_full: watch::Receiver<NearlyFull>,
+    overlaps: watch::Receiver<Overlaps>,
 ) -> Infallible {
     let listener = listen_at_last(&path).await;
     loop {
@@ -126,7 +150,12 @@ pub async fn serve(
             }
         };
         let (status, sources) = (status.borrow().clone(), sources.report(SystemTime::now()));
-        let report = Report::new(&status, sources, &health_checks.borrow(), &xdp_refused.borrow());
+        let (unserved, refused) = (health_checks.borrow().clone(), xdp_refused.borrow().clone());
+        let (full, overlaps) = (nearly_full.borrow().clone(), overlaps.borrow().clone());
+        let report = Report {
+            families_off: families_off(),
+            ..Report::new(&status, sources, &unserved, &refused, &full, &overlaps)
+        };
         let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
         let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
@@ -134,6 +163,11 @@ pub async fn serve(
             debug!("a client of the admin socket did not read");
         }
     }
+}
+
+fn families_off() -> Vec<Trouble> {
+    let reason = node::ipv6_off();
+    reason.map(|reason| Trouble { subject: "IPv6".to_owned(), message: reason.to_owned() }).into_iter().collect()
 }
 
 async fn listen_at_last(path: &Path) -> UnixListener {
@@ -193,7 +227,10 @@ mod tests {
         let (_sender, status) = watch::channel(Arc::new(Status::default()));
         let (_checks, health_checks) = watch::channel(Refusals::default());
         let (_refusals, refused) = watch::channel(XdpRefusals::default());
-        let server = tokio::spawn(serve(path.clone(), status, sources(&Contact::default()), health_checks, refused));
+        let (_full, full) = watch::channel(NearlyFull::default());
+        let sources = sources(&Contact::default());
+        let (_taken, taken) = watch::channel(Overlaps::default());
+        let server = tokio::spawn(serve(path.clone(), status, sources, health_checks, refused, full, taken));
         sleep(3 * LISTEN_RETRY).await;
         assert!(!server.is_finished());
         std::fs::remove_file(&in_the_way).unwrap();
@@ -216,7 +253,9 @@ mod tests {
         let address = "192.0.2.1:30100".parse().unwrap();
         let refusal = Refusal { service, address, error: "in use".into() };
         let (_checks, health_checks) = watch::channel(Refusals::from([(address, refusal)]));
-        let server = tokio::spawn(serve(path.clone(), status, sources(&contact), health_checks, refused));
+        let (_full, full) = watch::channel(NearlyFull::default());
+        let (_taken, taken) = watch::channel(Overlaps::default());
+        let server = tokio::spawn(serve(path.clone(), status, sources(&contact), health_checks, refused, full, taken));
         let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
         sender.send_replace(Arc::new(Status {
             is_ready: true,

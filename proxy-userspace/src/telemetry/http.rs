@@ -4,7 +4,8 @@
 //! the agent runs: health and metrics are no reason to stop serving. May touch: its sockets.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
+use super::event::notice::Alarm;
 use crate::drain::Drain;
 
 /// Between two attempts to get the address, as kube-proxy does it.
@@ -95,6 +97,8 @@ pub struct Server<H> {
     pub address: SocketAddr,
     /// Who answers.
     pub handler: Arc<H>,
+    /// Who is told that the address cannot be had.
+    pub alarm: Alarm,
 }
 
 impl<H: Handler> Server<H> {
@@ -121,15 +125,31 @@ impl<H: Handler> Server<H> {
     }
 
     async fn bind(&self) -> TcpListener {
+        let mut is_told = false;
         loop {
-            match TcpListener::bind(self.address).await {
+            match self.listen().await {
                 Ok(listener) => return listener,
                 Err(error) => {
                     warn!(listener = self.name, address = %self.address, %error, "cannot listen, trying again in 5 s");
+                    if !std::mem::replace(&mut is_told, true) {
+                        self.alarm.ring(format!("cannot listen on {}: {error}; it is tried again", self.address));
+                    }
                 }
             }
             sleep(BIND_RETRY).await;
         }
+    }
+
+    /// A wildcard or loopback address of IPv6 is that of IPv4 where there is no IPv6.
+    async fn listen(&self) -> io::Result<TcpListener> {
+        let refused = match TcpListener::bind(self.address).await {
+            Ok(listener) => return Ok(listener),
+            Err(error) => error,
+        };
+        let Some(instead) = without_ipv6(self.address, &refused) else { return Err(refused) };
+        let listener = TcpListener::bind(instead).await?;
+        warn!(listener = self.name, address = %self.address, %instead, "there is no IPv6 here: listening in IPv4 alone");
+        Ok(listener)
     }
 
     async fn accept(&self, listener: &TcpListener, connections: &mut JoinSet<()>, drain: &Drain) -> Infallible {
@@ -146,6 +166,19 @@ impl<H: Handler> Server<H> {
             }
         }
     }
+}
+
+/// The address of IPv4 that means the same as one of IPv6, if that one was refused because there is no IPv6 on this node.
+fn without_ipv6(address: SocketAddr, refused: &io::Error) -> Option<SocketAddr> {
+    let SocketAddr::V6(v6) = address else { return None };
+    let is_switched_off = refused.raw_os_error() == Some(libc::EAFNOSUPPORT);
+    let is_unbound = is_switched_off || refused.kind() == io::ErrorKind::AddrNotAvailable;
+    let instead = match v6.ip() {
+        ip if ip.is_unspecified() && is_switched_off => Ipv4Addr::UNSPECIFIED,
+        ip if ip.is_loopback() && is_unbound => Ipv4Addr::LOCALHOST,
+        _ => return None,
+    };
+    Some((instead, v6.port()).into())
 }
 
 async fn serve<H: Handler>(stream: TcpStream, handler: Arc<H>, mut drain: Drain) {
@@ -219,7 +252,7 @@ mod tests {
 
     fn server(address: SocketAddr) -> (drain::Trigger, tokio::task::JoinHandle<()>) {
         let (trigger, drain) = drain::channel();
-        let server = Server { name: "test", address, handler: Arc::new(Echo) };
+        let server = Server { name: "test", address, handler: Arc::new(Echo), alarm: Alarm::default() };
         (trigger, tokio::spawn(server.run(drain)))
     }
 
@@ -238,6 +271,25 @@ mod tests {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         answer
+    }
+
+    #[test]
+    fn ipv4_takes_the_place_of_ipv6_where_there_is_none_and_nowhere_else() {
+        let instead = |address: &str, code| {
+            let refused = io::Error::from_raw_os_error(code);
+            without_ipv6(address.parse().unwrap(), &refused).map(|address| address.to_string())
+        };
+        assert_eq!(instead("[::]:80", libc::EAFNOSUPPORT).as_deref(), Some("0.0.0.0:80"));
+        assert_eq!(instead("[::1]:80", libc::EAFNOSUPPORT).as_deref(), Some("127.0.0.1:80"));
+        assert_eq!(instead("[::1]:80", libc::EADDRNOTAVAIL).as_deref(), Some("127.0.0.1:80"));
+        for (address, code) in [
+            ("[::]:80", libc::EADDRINUSE),
+            ("[::]:80", libc::EADDRNOTAVAIL),
+            ("[fd00::1]:80", libc::EAFNOSUPPORT),
+            ("127.0.0.1:80", libc::EADDRNOTAVAIL),
+        ] {
+            assert_eq!(instead(address, code), None, "{address} {code}");
+        }
     }
 
     #[tokio::test]

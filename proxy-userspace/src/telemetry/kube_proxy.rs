@@ -10,6 +10,7 @@
 //! others there are, and their defaults, is no business of this proxy. Pure, but for the metrics.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use hyper::StatusCode;
 use ipnet::IpNet;
@@ -19,6 +20,7 @@ use super::http::{Answer, Handler, Question};
 use super::metrics::Metrics;
 use crate::config::Config;
 use crate::config::raw::LogFormat;
+use crate::datapath::conntrack;
 use crate::model::{NodePortAddresses, PrimaryAddresses};
 use crate::source::kubernetes::access::Access;
 
@@ -26,8 +28,6 @@ use crate::source::kubernetes::access::Access;
 const MODE: &str = "nftables";
 /// All addresses of both families, for which kube-proxy has no word.
 const EVERYWHERE: [&str; 2] = ["0.0.0.0/0", "::/0"];
-/// A time that means: as the kernel has it.
-const KERNEL: &str = "0s";
 
 const PATHS: [&str; 4] = ["/metrics", "/proxyMode", "/configz", "/healthz"];
 
@@ -64,14 +64,32 @@ struct ClientConnection {
     kubeconfig: String,
 }
 
-/// All of it zero: the kernel's own limits are left alone. Without it, readers would take kube-proxy's defaults for set.
+/// Where it is zero, the kernel's own limits are left alone. Without it, readers would take kube-proxy's defaults for set.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Conntrack {
     max_per_core: u32,
     min: u32,
-    tcp_established_timeout: &'static str,
-    tcp_close_wait_timeout: &'static str,
+    tcp_established_timeout: String,
+    tcp_close_wait_timeout: String,
+    tcp_be_liberal: bool,
+    udp_timeout: String,
+    udp_stream_timeout: String,
+}
+
+impl Conntrack {
+    fn new(wanted: &conntrack::Wanted) -> Self {
+        let time = |time: Option<Duration>| format!("{}s", time.map_or(0, |time| time.as_secs()));
+        Self {
+            max_per_core: wanted.max_per_core.unwrap_or(0),
+            min: wanted.min,
+            tcp_established_timeout: time(wanted.tcp_established),
+            tcp_close_wait_timeout: time(wanted.tcp_close_wait),
+            tcp_be_liberal: wanted.tcp_be_liberal,
+            udp_timeout: time(wanted.udp),
+            udp_stream_timeout: time(wanted.udp_stream),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -100,12 +118,7 @@ impl Configuration {
             healthz_bind_address: address(config.healthz),
             metrics_bind_address: address(config.metrics),
             bind_address_hard_fail: false,
-            conntrack: Conntrack {
-                max_per_core: 0,
-                min: 0,
-                tcp_established_timeout: KERNEL,
-                tcp_close_wait_timeout: KERNEL,
-            },
+            conntrack: Conntrack::new(&config.conntrack),
             logging: Logging {
                 format: match config.log.format {
                     LogFormat::Text => "text",
@@ -215,6 +228,7 @@ mod tests {
             "bindAddressHardFail": false,
             "conntrack": {
                 "maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s",
+                "tcpBeLiberal": false, "udpTimeout": "0s", "udpStreamTimeout": "0s",
             },
             "logging": {"format": "json"},
         });

@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`admin`] | the admin socket |
+//! | [`event`] | Kubernetes events |
 //! | [`http`] | small HTTP listeners |
 //! | [`kube_proxy`] | what tools ask on kube-proxy's metrics address |
 //! | [`metrics`] | the registry as text |
@@ -11,6 +12,7 @@
 //! | [`status`] | what reconciler and sources report, as metrics |
 
 pub mod admin;
+pub mod event;
 pub mod http;
 pub mod kube_proxy;
 pub mod metrics;

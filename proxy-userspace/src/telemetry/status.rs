@@ -15,6 +15,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
 use super::source::Sources;
+use crate::datapath::overlap::Overlaps;
 use crate::datapath::reconcile::Status;
 use crate::health::node_port::Refusals;
 use crate::model::SourceId;
@@ -26,6 +27,7 @@ struct Reports {
     status: watch::Receiver<Arc<Status>>,
     sources: Sources,
     health_checks: watch::Receiver<Refusals>,
+    overlaps: watch::Receiver<Overlaps>,
 }
 
 /// Makes metrics of status and sources known; `ids` are those that are configured.
@@ -35,22 +37,29 @@ pub fn register(
     status: watch::Receiver<Arc<Status>>,
     sources: Sources,
     health_checks: watch::Receiver<Refusals>,
+    overlaps: watch::Receiver<Overlaps>,
 ) {
-    let reports = Reports { ids: ids.collect(), status, sources, health_checks };
+    let reports = Reports { ids: ids.collect(), status, sources, health_checks, overlaps };
     registry.sub_registry_with_prefix("shunt").register_collector(Box::new(reports));
 }
 
 impl Collector for Reports {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let status = self.status.borrow().clone();
-        encode_status(&mut encoder, &status, self.health_checks.borrow().len())?;
+        let beside = [
+            ("health_check_not_served", self.health_checks.borrow().len()),
+            ("node_port_taken", self.overlaps.borrow().len()),
+        ];
+        encode_status(&mut encoder, &status, beside)?;
         encode_pending(&mut encoder, &self.ids, &status)?;
         self.sources.encode(&mut encoder)
     }
 }
 
-/// `unserved`: addresses at which services' health is not served.
-fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status, unserved: usize) -> fmt::Result {
+/// Kinds of problems that others find than the planner, and how many there are.
+type Beside = [(&'static str, usize); 2];
+
+fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status, beside: Beside) -> fmt::Result {
     let metric = encoder.encode_descriptor("plans", "Plans that changed something", None, MetricType::Counter)?;
     ConstCounter::new(status.plans).encode(metric)?;
     let waiting: usize = status.failures.iter().map(|failure| failure.waiting).sum();
@@ -62,14 +71,14 @@ fn encode_status(encoder: &mut DescriptorEncoder<'_>, status: &Status, unserved:
     for (name, help, value) in gauges {
         ConstGauge::new(value as u64).encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
     }
-    encode_problems(encoder, status, unserved)
+    encode_problems(encoder, status, beside)
 }
 
-fn encode_problems(encoder: &mut DescriptorEncoder<'_>, status: &Status, unserved: usize) -> fmt::Result {
+fn encode_problems(encoder: &mut DescriptorEncoder<'_>, status: &Status, beside: Beside) -> fmt::Result {
     let help = "Things that services ask for and do not get";
     let mut metric = encoder.encode_descriptor("problems", help, None, MetricType::Gauge)?;
     let mut counts = BTreeMap::from(Problem::KINDS.map(|kind| (kind, 0)));
-    counts.insert("health_check_not_served", unserved as u64);
+    counts.extend(beside.map(|(kind, count)| (kind, count as u64)));
     for problem in status.problems.values().flatten() {
         *counts.entry(problem.kind()).or_default() += 1;
     }
@@ -116,7 +125,8 @@ mod tests {
         let refusal = Refusal { service: service(), address, error: "in use".into() };
         let (_refusals, health_checks) = watch::channel(Refusals::from([(address, refusal)]));
         let sources = Sources::new(snapshots, contacts.into());
-        register(&mut registry, SOURCES.into_iter(), status, sources, health_checks);
+        let (_taken, taken) = watch::channel(Overlaps::default());
+        register(&mut registry, SOURCES.into_iter(), status, sources, health_checks, taken);
         let mut text = String::new();
         encode_registry(&mut text, &registry).unwrap();
         text
@@ -161,7 +171,7 @@ mod tests {
             ..Status::default()
         };
         let mut snapshot = snapshot();
-        let problem = ObjectProblem { place: "a.yaml".into(), message: "no".into() };
+        let problem = ObjectProblem { place: "a.yaml".into(), object: None, message: "no".into() };
         snapshot.problems.insert(SourceId::Manifests, [problem].into());
         let expected = [
             "shunt_plans_total 5",

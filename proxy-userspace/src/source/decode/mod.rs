@@ -95,7 +95,7 @@ impl Error {
 
 impl From<&Error> for ObjectProblem {
     fn from(error: &Error) -> Self {
-        Self { place: error.place(), message: error.error.to_string() }
+        Self { place: error.place(), object: error.key.clone(), message: error.error.to_string() }
     }
 }
 

@@ -88,11 +88,16 @@ impl Intake {
 
     fn all_problems(&self) -> impl Iterator<Item = ObjectProblem> {
         let told = self.complaints.iter().take(MOST_TOLD).flat_map(|(key, messages)| {
-            messages.iter().map(|message| ObjectProblem { place: key.to_string(), message: message.clone() })
+            messages.iter().map(|message| ObjectProblem {
+                place: key.to_string(),
+                object: Some(key.clone()),
+                message: message.clone(),
+            })
         });
         let more = self.complaints.len().saturating_sub(MOST_TOLD);
         let more = (more > 0).then(|| ObjectProblem {
             place: format!("{more} other objects"),
+            object: None,
             message: "have values that cannot be used".to_owned(),
         });
         told.chain(more)

@@ -1,5 +1,5 @@
 //! The Kubernetes API: Services, EndpointSlices, this node and ServiceCIDRs, with what the stock role of kube-proxy allows
-//! (`system:node-proxier`: list and watch) and nothing more.
+//! (`system:node-proxier`: list and watch, and events to write) and nothing more.
 //!
 //! | module | holds |
 //! |---|---|
@@ -9,6 +9,7 @@
 //! | `wire` | answers taken apart, as far as the protocol goes; pure |
 //! | `intake` | objects to updates, and what cannot be used; pure |
 //! | `follow` | one kind: listed, watched, listed again |
+//! | [`tell`] | events written to the server, of which this source itself knows nothing |
 //!
 //! An object is decoded from its text into model types and forgotten: no store, no object of kube's. A server that does not
 //! answer leaves everything as it was; [`Contact`] says so. A watch that ended before its time
@@ -19,6 +20,7 @@ mod follow;
 mod intake;
 mod query;
 mod session;
+pub mod tell;
 #[cfg(test)]
 mod tests;
 mod wire;

@@ -4,7 +4,7 @@ use http::Request as HttpRequest;
 use kube::api::{ListParams, WatchParams};
 use kube::core::Request;
 
-use crate::model::{Kind, Name};
+use crate::model::{Kind, Name, ObjectKey};
 
 /// Objects in one answer to a list, at most. The most that kube-apiserver and etcd like to give at once, and what client-go asks.
 const PAGE: u32 = 500;
@@ -87,6 +87,19 @@ impl Query {
     }
 }
 
+/// A list of one object, which the role allows where it does not allow to get it.
+pub fn ask_object(key: &ObjectKey) -> Ask {
+    let all = path(key.kind);
+    let namespace = key.namespace.as_str();
+    let fields = ListParams::default().fields(&format!("metadata.name={}", key.name));
+    match all.rsplit_once('/') {
+        Some((group, kind)) if !namespace.is_empty() => {
+            ask_list(&format!("{group}/namespaces/{namespace}/{kind}"), &fields)
+        }
+        _ => ask_list(all, &fields),
+    }
+}
+
 /// The one service that every API server makes itself: its uid tells one store from another.
 pub fn ask_identity() -> Ask {
     ask_list("/api/v1/namespaces/default/services", &ListParams::default().fields("metadata.name=kubernetes"))
@@ -97,7 +110,8 @@ fn ask_list(path: &str, params: &ListParams) -> Ask {
 }
 
 /// Why building a request cannot fail.
-const VALID: &str = "the path is constant and everything else is percent-encoded";
+const VALID: &str =
+    "the path is constant, or has a namespace that the server knows, and everything else is percent-encoded";
 
 fn path(kind: Kind) -> &'static str {
     match kind {
@@ -146,6 +160,21 @@ mod tests {
         {
             assert!(watch.contains(part), "{part}: {watch}");
         }
+    }
+
+    #[test]
+    fn one_object_is_listed_where_it_is() {
+        let key = |kind, namespace| ObjectKey { kind, namespace: Name::from(namespace), name: Name::from("a") };
+        let list = |kind, namespace| uri(&ask_object(&key(kind, namespace)));
+        assert_eq!(list(Kind::Service, "shop"), "/api/v1/namespaces/shop/services?&fieldSelector=metadata.name%3Da");
+        assert_eq!(
+            list(Kind::EndpointSlice, "shop"),
+            "/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices?&fieldSelector=metadata.name%3Da"
+        );
+        assert_eq!(
+            list(Kind::ServiceCidr, ""),
+            "/apis/networking.k8s.io/v1/servicecidrs?&fieldSelector=metadata.name%3Da"
+        );
     }
 
     #[test]

@@ -67,6 +67,7 @@ impl Folder {
         owners.into_iter().flat_map(move |(winner, others)| {
             others.iter().map(move |file| ObjectProblem {
                 place: format!("{file}: {key}"),
+                object: Some(key.clone()),
                 message: format!("is also in {winner}, which counts"),
             })
         })
@@ -78,7 +79,7 @@ impl Folder {
             self.unread.insert(name.to_owned());
         }
         let file = self.files.entry(name.to_owned()).or_default();
-        file.problems = vec![ObjectProblem { place: name.to_owned(), message }];
+        file.problems = vec![ObjectProblem { place: name.to_owned(), object: None, message }];
     }
 
     /// Takes the text of a file. What changes; if it does not parse, nothing.
@@ -166,7 +167,11 @@ fn read_items(name: &str, items: Vec<Item>, known: Option<&BTreeMap<ObjectKey, O
 
 impl File {
     fn report(&mut self, name: &str, place: impl std::fmt::Display, message: impl ToString) {
-        self.problems.push(ObjectProblem { place: format!("{name}: {place}"), message: message.to_string() });
+        self.problems.push(ObjectProblem {
+            place: format!("{name}: {place}"),
+            object: None,
+            message: message.to_string(),
+        });
     }
 
     fn take(&mut self, name: &str, decoded: Decoded) {
