@@ -11,6 +11,7 @@ mod lease;
 mod samples;
 
 mod config;
+mod dashboard;
 mod health;
 mod metrics;
 mod node_port;
