@@ -22,7 +22,7 @@ pub struct Host {
     pub rootfs: PathBuf,
     /// The node's control group, whose place on the node is `/sys/fs/cgroup`.
     pub cgroup: PathBuf,
-    /// Where the pod's empty directories and its service account are.
+    /// Where the pod's own volumes and its service account are.
     pub pod_dir: PathBuf,
     /// Name of the control group of its containers.
     pub containers: String,
@@ -39,9 +39,9 @@ impl Host {
         self.pod_dir.join("hosts")
     }
 
-    /// An empty directory's place.
-    pub fn empty_dir(&self, name: &str) -> PathBuf {
-        self.pod_dir.join("empty").join(name)
+    /// Where a volume is that the kubelet makes: an empty directory, the files of a ConfigMap.
+    pub fn own_dir(&self, volume: &str) -> PathBuf {
+        self.pod_dir.join("volumes").join(volume)
     }
 
     /// The node's whole file system, of which the test puts in its place what is needed.
@@ -156,7 +156,9 @@ fn volume(pod: &Value, mount: &Value, host: &Host) -> Value {
         list(&pod["volumes"]).find(|volume| volume["name"] == name).unwrap_or_else(|| panic!("no volume {name}"));
     let source = match volume["hostPath"]["path"].as_str() {
         Some(path) => host.path(path),
-        None if volume["emptyDir"].is_object() => host.empty_dir(name),
+        None if volume["emptyDir"].is_object() => host.own_dir(name),
+        // What is in it the test has put there.
+        None if volume["configMap"].is_object() => host.own_dir(name),
         None => panic!("of which kind is this volume: {volume}"),
     };
     let propagation = match mount["mountPropagation"].as_str() {

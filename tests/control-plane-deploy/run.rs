@@ -113,7 +113,7 @@ fn host(cluster: &Cluster) -> Host {
         pod_dir: bed.subdir("pod"),
         containers: format!("{}-containers", bed.id()),
     };
-    for dir in [host.service_account(), host.empty_dir("run")] {
+    for dir in [host.service_account(), host.own_dir("run")] {
         fs::create_dir_all(dir).expect("the test's directory can be written");
     }
     let names = format!("{} kubernetes.default.svc\n", UNDERLAY.host(1).v4);
@@ -255,6 +255,46 @@ fn the_api_server_may_have_a_name() {
     let agent = rig.run(&pod, "1");
     rig.wait_ready(&pod);
     assert!(agent.log().contains("kubernetes.default.svc"), "{}", agent.log());
+}
+
+/// The ConfigMap of kube-proxy, with what matters in it as kubeadm 1.36 writes it.
+fn kubeadm_config(server: SocketAddr) -> Value {
+    let account = "/var/run/secrets/kubernetes.io/serviceaccount";
+    let config = json!({
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
+        "bindAddress": "0.0.0.0", "clusterCIDR": format!("{},{}", CLUSTER.v4(), CLUSTER.v6()),
+        "clientConnection": {"kubeconfig": "/var/lib/kube-proxy/kubeconfig.conf", "acceptContentTypes": "", "qps": 0},
+        "healthzBindAddress": "", "metricsBindAddress": "", "hostnameOverride": "", "mode": "", "nodePortAddresses": null,
+    });
+    let kubeconfig = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "default",
+        "clusters": [{"name": "default", "cluster": {
+            "certificate-authority": format!("{account}/ca.crt"), "server": format!("https://{server}"),
+        }}],
+        "contexts": [{"name": "default", "context": {"cluster": "default", "namespace": "default", "user": "default"}}],
+        "users": [{"name": "default", "user": {"tokenFile": format!("{account}/token")}}],
+    });
+    json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kube-proxy", "namespace": NAMESPACE},
+        "data": {"config.conf": config.to_string(), "kubeconfig.conf": kubeconfig.to_string()},
+    })
+}
+
+#[test]
+fn the_config_map_that_kubeadm_wrote_for_kube_proxy_is_enough() {
+    let rig = Rig::new();
+    let config = kubeadm_config(UNDERLAY.host(1).port(Family::V4, 6443));
+    Tools::new(&rig.plane, &rig.cluster.bed).kubectl(["create", "-f", "-"], &config.to_string());
+    let pod = rig.install(&["kubeProxyConfigMap=kube-proxy"]);
+    let files = rig.host.own_dir("kube-proxy");
+    fs::create_dir_all(&files).expect("the test's directory can be written");
+    for (name, text) in config["data"].as_object().expect("it has files") {
+        fs::write(files.join(name), text.as_str().expect("text")).expect("the directory was made");
+    }
+    let agent = rig.run(&pod, "1");
+    rig.wait_ready(&pod);
+    rig.cluster.nodes[0].pods[1].place.tcp(rig.service).expect("a socket of a pod is served");
+    assert!(!agent.log().contains(" WARN "), "{}", agent.log());
 }
 
 #[test]
