@@ -8,6 +8,7 @@
 mod cleanup;
 mod command;
 mod devices;
+mod install;
 mod lifetime;
 mod node;
 mod other_proxies;

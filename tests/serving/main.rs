@@ -12,6 +12,7 @@ mod samples;
 
 mod config;
 mod family;
+mod dashboard;
 mod health;
 mod metrics;
 mod node_port;

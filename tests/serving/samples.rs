@@ -58,6 +58,14 @@ impl Samples {
         self.0.get(series).copied()
     }
 
+    /// The series of a metric, as they are written.
+    pub fn series(&self, metric: &str) -> impl Iterator<Item = &str> {
+        let is_of = move |series: &&str| {
+            series.strip_prefix(metric).is_some_and(|rest| rest.is_empty() || rest.starts_with('{'))
+        };
+        self.0.keys().map(String::as_str).filter(is_of)
+    }
+
     /// Counters of services and drops that are greater than in `before`, by how much.
     pub fn moved_since(&self, before: &Self) -> BTreeMap<String, f64> {
         let traffic = self

@@ -1,4 +1,4 @@
-//! The control plane of the tests, kept built: etcd, kube-apiserver, kube-controller-manager, kube-proxy and kubectl.
+//! The control plane of the tests, kept built: etcd, kube-apiserver, kube-controller-manager, kube-proxy, kubectl and helm.
 //!
 //! The versions are those of `tests/control-plane-go`, whose checksums are committed, so the same files come out everywhere. Each binary
 //! leaves a stamp of all that went into it beside itself; nothing is run when every stamp still holds. May touch: `target/control-plane`,
@@ -44,7 +44,7 @@ struct Binary {
 }
 
 /// In the order of building: what the tests cannot do without comes first.
-const BINARIES: [Binary; 5] = [
+const BINARIES: [Binary; 6] = [
     Binary { name: "etcd", module: "etcd", package: "go.etcd.io/etcd/server/v3" },
     Binary { name: "kube-apiserver", module: "kubernetes", package: "k8s.io/kubernetes/cmd/kube-apiserver" },
     Binary {
@@ -54,6 +54,7 @@ const BINARIES: [Binary; 5] = [
     },
     Binary { name: "kube-proxy", module: "kubernetes", package: "k8s.io/kubernetes/cmd/kube-proxy" },
     Binary { name: "kubectl", module: "kubernetes", package: "k8s.io/kubernetes/cmd/kubectl" },
+    Binary { name: "helm", module: "helm", package: "helm.sh/helm/v3/cmd/helm" },
 ];
 
 /// Builds what is missing or out of date and says where it lies, or why this machine cannot.
@@ -120,17 +121,34 @@ fn build(go: &Path, binary: &Binary, bin_dir: &Path) -> Result<()> {
     build.arg("-o").arg(bin_dir.join(binary.name)).arg(binary.package).run()
 }
 
-/// Linker flags: no symbols, and for Kubernetes the version that its own release build stamps in (it decides what the server says it is).
+/// Linker flags: no symbols, and the version of Kubernetes that the projects' own release builds stamp in. It decides what the
+/// server says it is, and what Helm believes to render for.
 fn ldflags(binary: &Binary, go_mod: &str) -> Result<String> {
-    if binary.module != "kubernetes" {
-        return Ok("-s -w".to_owned());
+    let required = |module: &str| {
+        required_version(go_mod, module)
+            .with_context(|| format!("tests/control-plane-go/{}/go.mod does not require {module}", binary.module))
+    };
+    match binary.module {
+        "kubernetes" => {
+            let version = required("k8s.io/kubernetes")?;
+            let (major, minor) = major_and_minor(version);
+            let base = "k8s.io/component-base/version";
+            Ok(format!("-s -w -X {base}.gitVersion={version} -X {base}.gitMajor={major} -X {base}.gitMinor={minor}"))
+        }
+        "helm" => {
+            // Client libraries are published as v0 with the minor number of their release of Kubernetes.
+            let (_, minor) = major_and_minor(required("k8s.io/client-go")?);
+            let base = "helm.sh/helm/v3/pkg/chartutil";
+            Ok(format!("-s -w -X {base}.k8sVersionMajor=1 -X {base}.k8sVersionMinor={minor}"))
+        }
+        _ => Ok("-s -w".to_owned()),
     }
-    let version = required_version(go_mod, "k8s.io/kubernetes")
-        .context("tests/control-plane-go/kubernetes/go.mod does not require k8s.io/kubernetes")?;
+}
+
+/// The first two numbers of a version such as `v1.36.3`.
+fn major_and_minor(version: &str) -> (&str, &str) {
     let mut numbers = version.trim_start_matches('v').split('.');
-    let (major, minor) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
-    let base = "k8s.io/component-base/version";
-    Ok(format!("-s -w -X {base}.gitVersion={version} -X {base}.gitMajor={major} -X {base}.gitMinor={minor}"))
+    (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default())
 }
 
 /// The version that a `go.mod` requires of `module`, in a block or on a line of its own.

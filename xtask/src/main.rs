@@ -13,6 +13,7 @@ mod ci;
 mod condense;
 mod control_plane;
 mod demo;
+mod image;
 mod leftover;
 mod libtest;
 mod lint;
@@ -20,6 +21,7 @@ mod machine;
 mod namespace;
 mod need;
 mod object_file;
+mod oci;
 mod privilege;
 mod run;
 mod setup;
@@ -43,6 +45,8 @@ enum Command {
     Build(build::Args),
     /// Build, run the agent, and say afterwards what stays pinned and how to remove it.
     BuildAndLoad(build_and_load::Args),
+    /// Build the container image, without a container engine: target/image-layout, an OCI layout.
+    Image(image::Args),
     /// Show it working in throwaway network namespaces.
     Demo(demo::Args),
     /// Run the tests: all (root or sudo), --unit (no privilege), or by name.
@@ -76,6 +80,7 @@ fn main() -> ExitCode {
         Command::Setup(args) => setup::run(&args),
         Command::Build(args) => build::run(&args),
         Command::BuildAndLoad(args) => build_and_load::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Lint => lint::run(),

@@ -1,4 +1,4 @@
-//! Rules about the source text that no compiler checks: where unsafe code lives, and that the README's links lead somewhere.
+//! Rules about the source text that no compiler checks: where unsafe code lives, and that the links of its pages lead somewhere.
 
 use std::{
     fs,
@@ -21,6 +21,8 @@ const UNSAFE_HOMES: [&str; 7] = [
     // A lease on a file, which holds up those who open it.
     "tests/serving/lease.rs",
 ];
+/// What users read.
+const PAGES: [&str; 3] = ["README.md", "deploy/README.md", "deploy/MIGRATION.md"];
 const SOURCES: [&str; 5] = ["proxy-common", "proxy-ebpf", "proxy-userspace", "tests", "xtask"];
 
 /// Every breach of a rule, each as a line for a reader.
@@ -38,9 +40,13 @@ pub fn breaches(root: &Path) -> Result<Vec<String>> {
             found.push(format!("{name}:1: does not open with `//!`: what it holds, what it may not touch"));
         }
     }
-    let readme = fs::read_to_string(root.join("README.md")).context("cannot read README.md")?;
-    let dead = links(&readme).filter(|link| !root.join(link).exists());
-    found.extend(dead.map(|link| format!("README.md: the link to {link} leads nowhere")));
+    for name in PAGES {
+        let path = root.join(name);
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {name}"))?;
+        let dir = path.parent().expect("a page is in a directory");
+        let dead = links(&text).filter(|link| !dir.join(link).exists());
+        found.extend(dead.map(|link| format!("{name}: the link to {link} leads nowhere")));
+    }
     Ok(found)
 }
 
@@ -77,7 +83,9 @@ fn unsafe_lines(text: &str) -> impl Iterator<Item = usize> {
 /// The links of a Markdown text to files beside it.
 fn links(text: &str) -> impl Iterator<Item = &str> {
     let targets = text.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(target, _)| target));
-    targets.filter(|target| !target.contains("://") && !target.starts_with('#'))
+    let files =
+        targets.filter(|target| !target.contains("://")).map(|target| target.split('#').next().unwrap_or(target));
+    files.filter(|file| !file.is_empty())
 }
 
 #[cfg(test)]
@@ -95,7 +103,7 @@ mod tests {
 
     #[test]
     fn links_to_files_are_told_from_links_elsewhere() {
-        let text = "[a](tests/a.md) [b](https://x.y/z) [c](#d) [e](Cargo.toml)";
-        assert_eq!(links(text).collect::<Vec<_>>(), ["tests/a.md", "Cargo.toml"]);
+        let text = "[a](tests/a.md) [b](https://x.y/z) [c](#d) [e](Cargo.toml) [f](b.md#part)";
+        assert_eq!(links(text).collect::<Vec<_>>(), ["tests/a.md", "Cargo.toml", "b.md"]);
     }
 }

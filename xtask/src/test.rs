@@ -12,7 +12,7 @@ use crate::{
     Reported, build,
     cargo_test::{self, Names, Selection, TestBinary},
     control_plane::{self, Availability},
-    leftover,
+    image, leftover,
     libtest::{self, Counts, Outcome},
     machine,
     need::{self, Need},
@@ -42,7 +42,7 @@ pub struct Args {
 }
 
 /// What the suites run.
-pub const NEEDS: [Need; 9] = [
+pub const NEEDS: [Need; 12] = [
     Need::Program("ip", "iproute2"),
     Need::Program("tc", "iproute2"),
     Need::Program("nft", "nftables"),
@@ -52,10 +52,16 @@ pub const NEEDS: [Need; 9] = [
     Need::Program("iperf3", "iperf3"),
     Need::Program("sysctl", "procps"),
     Need::Program("nsenter", "util-linux"),
+    Need::Program("runc", "runc"),
+    Need::Program("skopeo", "skopeo"),
+    Need::Program("systemd-analyze", "systemd"),
 ];
 
 /// How the names of the suites begin that want the real Kubernetes control plane.
 const CONTROL_PLANE_SUITES: &str = "control-plane";
+
+/// The suite that runs the container image.
+const IMAGE_SUITE: &str = "control-plane-deploy";
 
 /// Runs the tests; the last line printed holds the counts.
 ///
@@ -143,6 +149,10 @@ fn suite_env(suite: &TestBinary) -> Result<Result<Vec<(&'static str, String)>, S
             Availability::Ready { bin_dir } => env.push(("SHUNT_CONTROL_PLANE_BIN", bin_dir.display().to_string())),
             Availability::Missing { why } => return Ok(Err(why)),
         }
+    }
+    if suite.target == IMAGE_SUITE {
+        image::run(&image::Args::default())?;
+        env.push(("SHUNT_IMAGE", workspace::image().display().to_string()));
     }
     Ok(Ok(env))
 }

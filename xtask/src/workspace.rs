@@ -37,6 +37,11 @@ pub fn shunt() -> PathBuf {
     target().join("release/shunt")
 }
 
+/// The container image, as `cargo xtask image` leaves it.
+pub fn image() -> PathBuf {
+    target().join("image-layout")
+}
+
 /// Where cargo keeps what it installs.
 pub fn cargo_home() -> PathBuf {
     let home = || PathBuf::from(env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cargo");

@@ -7,12 +7,14 @@
 //! | [`explain`] | explain |
 //! | [`monitor`] | monitor |
 //! | [`cleanup`] | cleanup |
+//! | [`host`] | install, uninstall |
 //! | [`table`] | (how lists are printed) |
 
 mod agent;
 mod cleanup;
 mod explain;
 mod monitor;
+mod host;
 mod show;
 mod table;
 
@@ -128,6 +130,32 @@ With --drain, start the successor first and stop the agent. Then:
   - UDP sockets that are not connected leave their backends at once. A datagram flow ends when it pauses for two minutes.
 Interrupting is safe. Once more `shunt cleanup --drain` goes on where it was; `shunt agent` takes everything back.";
 
+const INSTALL_HELP: &str = "\
+Copied is this very program. Written are the unit and, if there is none, a configuration, /etc/shunt/agent.yaml, which reads
+services from the folder /etc/shunt/manifests. An installed version is replaced by this one: the agent is restarted, services
+go on meanwhile.
+
+Examples:
+  sudo ./shunt install                    copy, enable, start
+  sudo shunt install --no-start           the same for the next boot
+  shunt install --root image              into a file system that will boot later; nothing is started
+  systemctl status shunt; journalctl -u shunt";
+
+const UNINSTALL_HELP: &str = "\
+The configuration and the manifests below /etc/shunt stay.
+
+Examples:
+  sudo shunt uninstall                    services of this host end
+  sudo shunt uninstall --keep-services    what is programmed works on until the next boot, or `shunt cleanup`
+  shunt uninstall --root image";
+
+const MOUNT_HELP: &str = "\
+What is mounted in a container is seen by the node only where the container's mount point is shared with it (in a pod:
+mountPropagation Bidirectional, for which it must be privileged). `shunt agent` mounts one for itself where it may.
+
+Example:
+  shunt mount-bpffs";
+
 /// Services in the kernel: virtual IPs, NodePorts and load-balancer addresses by eBPF, beside any network plugin
 #[derive(Debug, Parser)]
 #[command(name = "shunt", version, after_help = EXAMPLES, max_term_width = 120)]
@@ -162,6 +190,15 @@ enum Command {
     /// Detach and remove everything that is pinned; traffic to services stops, or goes on by a successor with --drain
     #[command(after_help = CLEANUP_HELP)]
     Cleanup(CleanupArgs),
+    /// Run the agent on this host from now on, as a service of systemd
+    #[command(after_help = INSTALL_HELP)]
+    Install(host::InstallArgs),
+    /// Undo `shunt install`: stop the agent, clean up, remove the unit and the program
+    #[command(after_help = UNINSTALL_HELP)]
+    Uninstall(host::UninstallArgs),
+    /// Mount the BPF file system that an agent without the right to mount needs, if there is none
+    #[command(after_help = MOUNT_HELP)]
+    MountBpffs(MountArgs),
     /// Print the version and the layout of its tables
     Version,
     /// Print completions for a shell
@@ -194,6 +231,14 @@ struct PinArgs {
     /// As the agent's
     #[arg(long, value_name = "N", hide = true)]
     layout_version: Option<u32>,
+}
+
+/// What is mounted.
+#[derive(Debug, Args)]
+struct MountArgs {
+    /// Where the agent will pin; mounted is /sys/fs/bpf if that is above it, else this directory
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_BPFFS)]
+    bpffs: PathBuf,
 }
 
 /// What is removed, and how.
@@ -309,6 +354,12 @@ fn execute(command: Command) -> Result<()> {
         Command::Explain(args) => explain::run(&args),
         Command::Monitor(args) => monitor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args.pins.pins(), args.drain),
+        Command::Install(args) => host::install(&args),
+        Command::Uninstall(args) => host::uninstall(&args),
+        Command::MountBpffs(args) => match Pins::new(&args.bpffs).mount()? {
+            Some(mounted) => print(&format!("a BPF file system is mounted on {}\n", mounted.display())),
+            None => print(&format!("{} is on a BPF file system already\n", args.bpffs.display())),
+        },
         Command::Version => {
             print(&format!("shunt {}\ntable layout {}\n", env!("CARGO_PKG_VERSION"), proxy_common::abi::ABI_VERSION))
         }

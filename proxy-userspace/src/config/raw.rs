@@ -154,6 +154,8 @@ pub struct AgentFlags {
     pub xdp: Xdp,
 
     /// Ports for rewritten sources; kept free of local sockets by net.ipv4.ip_local_reserved_ports
+    ///
+    /// In a container that cannot write /proc/sys, the node's is used through /host/proc/sys/net.
     #[arg(long, value_name = "A-B", default_value = "10000-29999", help_heading = "Datapath")]
     pub snat_ports: String,
 

@@ -161,7 +161,7 @@ impl Pins {
 
     /// Makes the directories, on a BPF file system, mounting one if there is none.
     pub fn prepare(&self) -> Result<(), Error> {
-        self.ensure_bpffs()?;
+        self.mount()?;
         for directory in [self.cgroup_links(), self.tcx_links(), self.xdp_links(), self.continuations()] {
             create_directory(&directory)?;
         }
@@ -212,9 +212,11 @@ impl Pins {
         }
     }
 
-    fn ensure_bpffs(&self) -> Result<(), Error> {
+    /// Makes DIR, on a BPF file system, mounting one if there is none; says where it was mounted, if it was.
+    pub fn mount(&self) -> Result<Option<PathBuf>, Error> {
         if is_bpffs(&self.base)? {
-            return create_directory(&self.base);
+            create_directory(&self.base)?;
+            return Ok(None);
         }
         let mount_point = self.mount_point()?;
         create_directory(&mount_point)?;
@@ -223,7 +225,7 @@ impl Pins {
         if mount_point == self.base {
             self.mark(MOUNT_NOTE)?;
         }
-        Ok(())
+        Ok(Some(mount_point))
     }
 
     /// The usual place if DIR is below it (nothing else can be made inside sysfs), else DIR itself.

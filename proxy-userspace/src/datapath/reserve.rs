@@ -7,6 +7,7 @@
 //! same is found by [`super::overlap`] and told.
 //!
 //! However many services change, a set of ports is one write to the kernel.
+//! In a container whose /proc/sys is read-only they are reserved through /host/proc/sys/net, if that is there.
 //! May touch: net.ipv4.ip_local_reserved_ports, notes in the pin directory.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,6 +54,10 @@ pub enum Error {
 }
 
 const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+
+/// The same where a container that may not write its own /proc/sys gets the node's (`deploy/kustomize/base/daemon-set.yaml`).
+/// Whichever way it is reached, it speaks of the network namespace of who asks.
+const RESERVED_ON_HOST: &str = "/host/proc/sys/net/ipv4/ip_local_reserved_ports";
 
 /// Longer than the longest list: every second port, by up to five digits and a comma.
 const LONGEST: usize = 256 << 10;
@@ -334,7 +339,14 @@ fn read_reserved() -> Result<PortSet, Error> {
 
 fn write_reserved(ports: &PortSet) -> Result<(), Error> {
     // An empty list is an empty line; an empty write changes nothing.
-    fs::write(RESERVED, ports.text() + "\n").map_err(sysctl("write"))
+    let text = ports.text() + "\n";
+    let is_read_only = |error: &io::Error| error.kind() == io::ErrorKind::ReadOnlyFilesystem;
+    match fs::write(RESERVED, &text) {
+        // Where there is no other way, the first answer is the one to be told.
+        Err(error) if is_read_only(&error) => fs::write(RESERVED_ON_HOST, &text).map_err(|_| error),
+        result => result,
+    }
+    .map_err(sysctl("write"))
 }
 
 fn sysctl(action: &'static str) -> impl FnOnce(io::Error) -> Error {

@@ -277,6 +277,8 @@ impl ControlPlane {
             flag("service-cluster-ip-range", service_cidrs),
             flag("service-node-port-range", format!("{}-{}", node_ports.0, node_ports.1)),
             flag("authorization-mode", "RBAC"),
+            // As in every cluster whose CNI and proxy are pods.
+            flag("allow-privileged", true),
             flag("token-auth-file", self.credentials.tokens().display()),
             flag("tls-cert-file", self.credentials.certificate().display()),
             flag("tls-private-key-file", self.credentials.key().display()),

@@ -184,6 +184,8 @@ fn read_service_account(dir: &Path, server: &Server) -> Result<kube::Config, Err
     }
     let mut config = kube::Config::new(server.0.clone());
     config.root_cert_file = Some(ca);
+    // What the file says takes the place of these. Without any, kube would first load the machine's own, and an image may have none.
+    config.root_cert = Some(Vec::new());
     // The client reads it again at least once a minute.
     config.auth_info.token_file = Some(token.display().to_string());
     Ok(config)
