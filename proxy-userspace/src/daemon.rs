@@ -279,7 +279,8 @@ async fn build(
     });
     let its_status = status.clone();
     parts.spawn("predecessor", drained(drain.clone(), async { Ok(predecessor.run(its_status).await?) }));
-    let admin = admin::serve(config.admin_socket.clone(), status.clone(), reports, unserved, refused);
+    let devices = config.devices.clone();
+    let admin = admin::serve(config.admin_socket.clone(), status.clone(), reports, unserved, refused, devices);
     parts.spawn("admin socket", drained(drain.clone(), async { match admin.await {} }));
     parts.spawn(
         "readiness",

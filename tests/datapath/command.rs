@@ -57,7 +57,10 @@ fn json_has_the_same_fields_always() {
     let expected = set(["layout", "agent", "socket_hooks", "devices", "tables", "drops", "report"]);
     assert!(fields(&status).is_superset(&expected), "{status}");
     let report = &status["report"];
-    assert_eq!(fields(report), set(["ready", "pending_sources", "sources", "refused", "problems", "xdp_refused"]));
+    assert_eq!(
+        fields(report),
+        set(["ready", "pending_sources", "sources", "refused", "problems", "xdp_refused", "devices"])
+    );
     let expected =
         set(["name", "listed", "stale", "last_contact", "last_contact_age", "outages", "objects", "rejected"]);
     assert_eq!(fields(&report["sources"][0]), expected);

@@ -8,6 +8,7 @@
 mod cleanup;
 mod command;
 mod devices;
+mod doctor;
 mod lifetime;
 mod node;
 mod other_proxies;

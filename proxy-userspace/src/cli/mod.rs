@@ -5,10 +5,12 @@
 //! | [`agent`] | agent |
 //! | [`show`] | status, services, backends, flows |
 //! | [`cleanup`] | cleanup |
+//! | [`doctor`] | doctor |
 //! | [`table`] | (how lists are printed) |
 
 mod agent;
 mod cleanup;
+mod doctor;
 mod show;
 mod table;
 
@@ -101,6 +103,26 @@ With --drain, start the successor first and stop the agent. Then:
   - UDP sockets that are not connected leave their backends at once. A datagram flow ends when it pauses for two minutes.
 Interrupting is safe. Once more `shunt cleanup --drain` goes on where it was; `shunt agent` takes everything back.";
 
+const DOCTOR_HELP: &str = "\
+Looks, and changes nothing. To see whether the socket hooks are asked, this command connects a datagram socket to a port
+that no service has, which sends no packet and counts as one drop, `unknown_port`.
+
+  ok        as it should be
+  note      worth knowing; nothing is wrong
+  unknown   it could not be looked at; why is said
+  warning   something works less well than it could, or may break
+  failure   services do not work for somebody
+
+Run it in the agent's network namespace, as root: in a cluster, in the agent's pod. What it says of processes holds for
+those that it sees (in a pod: with hostPID, all). A running agent adds how its sources stand, and which devices it was told
+to serve.
+
+Examples:
+  sudo shunt doctor
+  sudo shunt doctor -o json | jq -r '.[] | select(.verdict == \"failure\") | .check + \": \" + .advice'
+
+Exit codes: 0 nothing fails, 1 something does (or the command itself), 64 bad usage.";
+
 /// Services in the kernel: virtual IPs, NodePorts and load-balancer addresses by eBPF, beside any network plugin
 #[derive(Debug, Parser)]
 #[command(name = "shunt", version, after_help = EXAMPLES, max_term_width = 120)]
@@ -126,6 +148,9 @@ enum Command {
     /// Connections that packets made (translated sockets need no record)
     #[command(after_help = FLOWS_EXAMPLES)]
     Flows(ShowArgs),
+    /// Every precondition of this node, and what to do about each that fails
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor(doctor::DoctorArgs),
     /// Detach and remove everything that is pinned; traffic to services stops, or goes on by a successor with --drain
     #[command(after_help = CLEANUP_HELP)]
     Cleanup(CleanupArgs),
@@ -273,6 +298,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Services(args) => show::services(&args),
         Command::Backends(args) => show::backends(&args),
         Command::Flows(args) => show::flows(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args.pins.pins(), args.drain),
         Command::Version => {
             print(&format!("shunt {}\ntable layout {}\n", env!("CARGO_PKG_VERSION"), proxy_common::abi::ABI_VERSION))

@@ -22,6 +22,7 @@
 //! | [`backlog`] | operations that were refused, and those behind them |
 //! | [`progress`] | what the reconciler tells about its work |
 //! | [`restore`] | what the pinned tables say |
+//! | [`survey`] | what a person who looks for a fault wants to see |
 //! | [`inspect`] | tables and attachments in words |
 //! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
@@ -66,6 +67,7 @@ pub mod progress;
 pub mod reconcile;
 pub mod reserve;
 pub mod restore;
+pub mod survey;
 pub mod sweep;
 pub mod sys;
 pub mod withdraw;

@@ -22,6 +22,7 @@ use tracing::{debug, warn};
 
 use super::source::{SourceReport, Sources};
 use crate::datapath::attach::XdpRefusal;
+use crate::datapath::device::Choice;
 use crate::datapath::reconcile::Status;
 use crate::health::node_port::Refusals;
 use crate::planner::Subject;
@@ -58,6 +59,8 @@ pub struct Report {
     /// Devices that refuse the XDP program.
     #[serde(default)]
     pub xdp_refused: Vec<Trouble>,
+    /// Which devices the agent was told to serve.
+    pub devices: Choice,
 }
 
 /// Something that is not as it should be.
@@ -94,6 +97,7 @@ impl Report {
                 .values()
                 .map(|refusal| Trouble { subject: refusal.device.clone(), message: refusal.reason.clone() })
                 .collect(),
+            devices: Choice::default(),
         }
     }
 }
@@ -114,6 +118,7 @@ pub async fn serve(
     sources: Sources,
     health_checks: watch::Receiver<Refusals>,
     xdp_refused: watch::Receiver<XdpRefusals>,
+    devices: Choice,
 ) -> Infallible {
     let listener = listen_at_last(&path).await;
     loop {
@@ -127,6 +132,7 @@ pub async fn serve(
         };
         let (status, sources) = (status.borrow().clone(), sources.report(SystemTime::now()));
         let report = Report::new(&status, sources, &health_checks.borrow(), &xdp_refused.borrow());
+        let report = Report { devices: devices.clone(), ..report };
         let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
         let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
@@ -193,7 +199,14 @@ mod tests {
         let (_sender, status) = watch::channel(Arc::new(Status::default()));
         let (_checks, health_checks) = watch::channel(Refusals::default());
         let (_refusals, refused) = watch::channel(XdpRefusals::default());
-        let server = tokio::spawn(serve(path.clone(), status, sources(&Contact::default()), health_checks, refused));
+        let server = tokio::spawn(serve(
+            path.clone(),
+            status,
+            sources(&Contact::default()),
+            health_checks,
+            refused,
+            Choice::default(),
+        ));
         sleep(3 * LISTEN_RETRY).await;
         assert!(!server.is_finished());
         std::fs::remove_file(&in_the_way).unwrap();
@@ -216,7 +229,9 @@ mod tests {
         let address = "192.0.2.1:30100".parse().unwrap();
         let refusal = Refusal { service, address, error: "in use".into() };
         let (_checks, health_checks) = watch::channel(Refusals::from([(address, refusal)]));
-        let server = tokio::spawn(serve(path.clone(), status, sources(&contact), health_checks, refused));
+        let devices = Choice { except: vec!["docker*".into()], ..Choice::default() };
+        let server =
+            tokio::spawn(serve(path.clone(), status, sources(&contact), health_checks, refused, devices.clone()));
         let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
         sender.send_replace(Arc::new(Status {
             is_ready: true,
@@ -238,6 +253,7 @@ mod tests {
         let unserved =
             "healthCheckNodePort 30100: cannot listen on 192.0.2.1:30100 (in use); it is tried again".to_owned();
         assert_eq!(report.problems, [Trouble { subject: "manifests/a/b".into(), message: unserved }]);
+        assert_eq!(report.devices, devices);
         assert_eq!(report.xdp_refused, [Trouble { subject: "eth0".into(), message: "busy".into() }]);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         server.abort();
