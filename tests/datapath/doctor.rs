@@ -187,10 +187,10 @@ fn firewalls_that_drop_what_is_forwarded_are_found_in_both_kinds_of_rules() {
     expect("note", "ip filter FORWARD drops what no rule accepts");
     iptables("-P FORWARD ACCEPT");
     expect("ok", "");
-    ns.nft("add table inet wall; add chain inet wall fwd { type filter hook forward priority 0; policy drop; }");
-    expect("failure", "inet wall fwd");
-    ns.nft("add rule inet wall fwd ip saddr 10.244.0.0/16 accept");
-    expect("note", "inet wall fwd");
+    ns.nft("add table inet wall; add chain inet wall through { type filter hook forward priority 0; policy drop; }");
+    expect("failure", "inet wall through");
+    ns.nft("add rule inet wall through ip saddr 10.244.0.0/16 accept");
+    expect("note", "inet wall through");
     ns.nft("delete table inet wall");
 
     iptables("-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT");
@@ -224,10 +224,10 @@ fn other_proxies_and_addresses_of_services_on_devices_are_found() {
         }
         ns.ip([format!("link del {device}")]);
     }
-    ns.ip(["link add vx0 mtu 1500 type vxlan id 7 dstport 4789 dev eth0"]);
-    examine(&node).expect("overlay-mtu", "warning", "vx0 has 1500, at most 1450 fits");
-    ns.ip(["link set vx0 mtu 1450"]);
+    ns.ip(["link add vx0 type vxlan id 7 dstport 4789 dev eth0"]);
     expect_well(&node, "overlay-mtu");
+    ns.ip(["link set eth0 mtu 1400"]);
+    examine(&node).expect("overlay-mtu", "warning", "vx0 has 1450, at most 1350 fits");
 }
 
 #[test]
