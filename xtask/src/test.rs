@@ -42,7 +42,7 @@ pub struct Args {
 }
 
 /// What the suites run.
-pub const NEEDS: [Need; 9] = [
+pub const NEEDS: [Need; 10] = [
     Need::Program("ip", "iproute2"),
     Need::Program("tc", "iproute2"),
     Need::Program("nft", "nftables"),
@@ -52,6 +52,7 @@ pub const NEEDS: [Need; 9] = [
     Need::Program("iperf3", "iperf3"),
     Need::Program("sysctl", "procps"),
     Need::Program("nsenter", "util-linux"),
+    Need::Program("chromium", "chromium fonts-dejavu-core"),
 ];
 
 /// How the names of the suites begin that want the real Kubernetes control plane.

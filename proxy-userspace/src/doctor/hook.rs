@@ -122,6 +122,7 @@ fn served<'a>(facts: &'a Facts) -> Seen<impl Iterator<Item = &'a DeviceHooks>> {
 
 /// Devices that run our programs.
 pub(super) fn attached(facts: &Facts) -> Seen<impl Iterator<Item = &DeviceHooks>> {
+    facts.survey.tables.as_ref()?;
     let devices = facts.survey.devices.as_ref()?;
     Ok(devices.iter().filter(|hooks| hooks.ingress.ours.is_some() || hooks.egress.ours.is_some()))
 }

@@ -73,7 +73,7 @@ pub struct Trouble {
 }
 
 /// Devices that refuse the XDP program, by interface index.
-type XdpRefusals = BTreeMap<u32, XdpRefusal>;
+pub type XdpRefusals = BTreeMap<u32, XdpRefusal>;
 
 impl Report {
     fn new(status: &Status, sources: Vec<SourceReport>, health_checks: &Refusals, xdp_refused: &XdpRefusals) -> Self {
@@ -110,16 +110,38 @@ fn subject_text(subject: &Subject) -> String {
     }
 }
 
+/// What reports are made of. Clones watch the same.
+#[derive(Clone, Debug)]
+pub struct Reports {
+    /// The reconciler's.
+    pub status: watch::Receiver<Arc<Status>>,
+    /// The sources'.
+    pub sources: Sources,
+    /// Of health-check NodePorts that cannot be served.
+    pub health_checks: watch::Receiver<Refusals>,
+    /// Of devices that refuse XDP.
+    pub xdp_refused: watch::Receiver<XdpRefusals>,
+    /// Which devices the agent was told to serve.
+    pub devices: Choice,
+}
+
+impl Reports {
+    /// How everything stands.
+    pub fn now(&self) -> Report {
+        let (status, sources) = (self.status.borrow().clone(), self.sources.report(SystemTime::now()));
+        let report = Report::new(&status, sources, &self.health_checks.borrow(), &self.xdp_refused.borrow());
+        Report { devices: self.devices.clone(), ..report }
+    }
+
+    /// Plans that have changed something until now.
+    pub fn plans(&self) -> u64 {
+        self.status.borrow().plans
+    }
+}
+
 /// Listens for ever; what fails is told and tried again, since the agent's work does not depend on being asked. A socket
 /// that an earlier agent left is replaced: the lock on the pins says that it is dead.
-pub async fn serve(
-    path: PathBuf,
-    status: watch::Receiver<Arc<Status>>,
-    sources: Sources,
-    health_checks: watch::Receiver<Refusals>,
-    xdp_refused: watch::Receiver<XdpRefusals>,
-    devices: Choice,
-) -> Infallible {
+pub async fn serve(path: PathBuf, reports: Reports) -> Infallible {
     let listener = listen_at_last(&path).await;
     loop {
         let mut connection = match listener.accept().await {
@@ -130,10 +152,7 @@ pub async fn serve(
                 continue;
             }
         };
-        let (status, sources) = (status.borrow().clone(), sources.report(SystemTime::now()));
-        let report = Report::new(&status, sources, &health_checks.borrow(), &xdp_refused.borrow());
-        let report = Report { devices: devices.clone(), ..report };
-        let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
+        let text = serde_json::to_vec(&reports.now()).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
         let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
         if !matches!(sent, Ok(Ok(()))) {
@@ -199,14 +218,9 @@ mod tests {
         let (_sender, status) = watch::channel(Arc::new(Status::default()));
         let (_checks, health_checks) = watch::channel(Refusals::default());
         let (_refusals, refused) = watch::channel(XdpRefusals::default());
-        let server = tokio::spawn(serve(
-            path.clone(),
-            status,
-            sources(&Contact::default()),
-            health_checks,
-            refused,
-            Choice::default(),
-        ));
+        let sources = sources(&Contact::default());
+        let reports = Reports { status, sources, health_checks, xdp_refused: refused, devices: Choice::default() };
+        let server = tokio::spawn(serve(path.clone(), reports));
         sleep(3 * LISTEN_RETRY).await;
         assert!(!server.is_finished());
         std::fs::remove_file(&in_the_way).unwrap();
@@ -230,8 +244,9 @@ mod tests {
         let refusal = Refusal { service, address, error: "in use".into() };
         let (_checks, health_checks) = watch::channel(Refusals::from([(address, refusal)]));
         let devices = Choice { except: vec!["docker*".into()], ..Choice::default() };
-        let server =
-            tokio::spawn(serve(path.clone(), status, sources(&contact), health_checks, refused, devices.clone()));
+        let sources = sources(&contact);
+        let reports = Reports { status, sources, health_checks, xdp_refused: refused, devices: devices.clone() };
+        let server = tokio::spawn(serve(path.clone(), reports));
         let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
         sender.send_replace(Arc::new(Status {
             is_ready: true,
