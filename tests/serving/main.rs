@@ -14,3 +14,4 @@ mod config;
 mod health;
 mod metrics;
 mod node_port;
+mod page;

@@ -22,15 +22,15 @@ function element(name, { className = "", text, children = [], ...attributes } = 
 
 const UNITS = ["", "k", "M", "G", "T", "P"];
 
-/** A number in three digits. */
-function short(number, base = 1000) {
+/** A number in three digits, with its unit. */
+function short(number, name = "", base = 1000) {
   let unit = 0;
   while (number >= base && unit < UNITS.length - 1) {
     number /= base;
     unit += 1;
   }
   const digits = number >= 100 || (unit === 0 && Number.isInteger(number)) ? 0 : number >= 10 ? 1 : 2;
-  return number.toFixed(digits).replace(/\.0+$/, "") + (unit ? " " + UNITS[unit] : "");
+  return number.toFixed(digits).replace(/\.0+$/, "") + (unit || name ? ` ${UNITS[unit]}${name}` : "");
 }
 
 const rateText = (number) => (number === undefined || number === null ? "–" : short(Math.round(number * 10) / 10));
@@ -103,8 +103,8 @@ function showCards(overview) {
     card("Service ports", counts.services.toLocaleString("en"), "", counts.services ? idle : "none yet"),
     card("Backends", counts.backends.toLocaleString("en"), "", plural(counts.frontends, "frontend")),
     card("Connections", rateText(rates?.connections), "/s", `${short(traffic.sockets + traffic.flows)} so far${flows}`, series("connections")),
-    card("Packets", rateText(rates?.packets), "/s", `${short(traffic.packets)} so far`, series("packets")),
-    card("Traffic", rates ? `${short(rates.bytes * 8)}bit` : "–", "/s", `${short(traffic.bytes, 1024)}B so far`, series("bytes")),
+    card("Translated packets", rateText(rates?.packets), "/s", `${short(traffic.packets)} so far`, series("packets")),
+    card("Translated traffic", rates ? short(Math.round(rates.bytes * 8), "bit") : "–", "/s", `${short(traffic.bytes, "B")} so far`, series("bytes")),
   ]);
 }
 
@@ -203,14 +203,14 @@ function nameParts(name) {
 
 function serviceRow(row) {
   const [name, origin] = nameParts(row.name);
-  const button = element("button", { type: "button", className: "open", text: name, "aria-expanded": String(opened.has(row.id)), "data-key": `row ${row.id}` });
+  const button = element("button", { type: "button", className: "open", children: [element("span", { text: name })], "aria-expanded": String(opened.has(row.id)), "data-key": `row ${row.id}` });
   button.addEventListener("click", () => toggle(row.id));
   const frontends = row.frontends.slice(0, 4).map((frontend) => element("span", { className: "addr", text: frontend.replace(/^0\.0\.0\.0:|^\[::\]:/, "every node address:") }));
   if (row.frontends.length > 4) frontends.push(element("span", { className: "quiet", text: `+${row.frontends.length - 4}` }));
   const series = past.services.get(row.id) ?? [];
   const backends = row.backends ? element("span", { text: row.backends.toLocaleString("en") }) : element("span", { className: "bad", text: row.refusal ?? "none" });
   if (row.local) backends.append(element("span", { className: "quiet", text: ` (${row.local} here)` }));
-  const cell = (column, children) => element("td", { className: classes(COLUMNS[column]), children });
+  const cell = (column, children) => element("td", { className: classes(COLUMNS[column]), "data-title": COLUMNS[column].title, children });
   return element("tr", {
     className: "service",
     children: [
@@ -220,7 +220,7 @@ function serviceRow(row) {
       cell(3, [rateText(row.rates?.connections)]),
       cell(4, [spark(series, "connections a second, the last minute")]),
       cell(5, [rateText(row.rates?.packets)]),
-      cell(6, [row.rates ? `${short(row.rates.bytes * 8)}bit` : "–"]),
+      cell(6, [row.rates ? short(Math.round(row.rates.bytes * 8), "bit") : "–"]),
       cell(7, [short(row.traffic.sockets + row.traffic.flows)]),
       cell(8, [row.traffic.refused ? element("span", { className: "bad", text: short(row.traffic.refused) }) : "0"]),
     ],
