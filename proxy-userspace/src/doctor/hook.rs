@@ -114,7 +114,7 @@ pub(super) fn other_socket_programs(facts: &Facts) -> Seen<Outcome> {
     })
 }
 
-fn served<'a>(facts: &'a Facts) -> Seen<impl Iterator<Item = &'a DeviceHooks>> {
+fn served(facts: &Facts) -> Seen<impl Iterator<Item = &DeviceHooks>> {
     let choice = facts.choice();
     let devices = facts.survey.devices.as_ref()?;
     Ok(devices.iter().filter(move |hooks| decide_attachment(&hooks.device, &choice).is_ok()))

@@ -87,7 +87,7 @@ fn compare(old: &Snapshot, new: &Snapshot, at: &str) -> Vec<Change> {
             DiffItem::Remove(key, before) => (key, Some(before), None),
             DiffItem::Update { old: (key, before), new: (_, after) } => (key, Some(before), Some(after)),
         };
-        let [before, after] = [before, after].map(|endpoints| endpoints.map(|all| ready(all)).unwrap_or_default());
+        let [before, after] = [before, after].map(|endpoints| endpoints.map(ready).unwrap_or_default());
         for (kind, addresses) in [("up", &after - &before), ("down", &before - &after)] {
             if !addresses.is_empty() {
                 note(kind, key, addresses_text(&addresses, after.len()));
