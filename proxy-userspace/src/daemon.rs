@@ -46,11 +46,14 @@ use crate::source::kubernetes::{self, Kubernetes};
 use crate::source::manifests::{self, Manifests};
 use crate::telemetry::event;
 use crate::telemetry::event::notice::{Alarm, Notice, Notices, Regarding, Scope};
+use crate::telemetry::admin::{self, Reports};
 use crate::telemetry::http::{Handler, Server};
 use crate::telemetry::kube_proxy::Pages;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::page::Page;
+use crate::telemetry::page::changes::Changes;
 use crate::telemetry::source::Sources;
-use crate::telemetry::{admin, process, status};
+use crate::telemetry::{process, status};
 use proxy_common::abi::config::Config as ProgramConfig;
 
 /// Updates of sources that may wait for the store.
@@ -194,6 +197,7 @@ async fn build(
     let (unused_sender, unused) = mpsc::channel(16);
     let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
     let predecessor = predecessor::Task::open(pins, &loaded.maps)?;
+    let of_page = snapshots.clone();
     let reporter = Reporter::new(writer.triggers());
     reporter.register(&mut registry, snapshots.clone());
     let (progress, queue) = (reporter.watch(), reporter.note_queued(snapshots.clone()));
@@ -281,6 +285,20 @@ async fn build(
     listeners.serve("health", config.healthz, health, alarm("FailedToStartProxierHealthcheck"));
     let pages = Arc::new(Pages::new(Metrics::new(registry), config));
     listeners.serve("metrics", config.metrics, pages, alarm("FailedToStartMetricServer"));
+    let reports = Reports {
+        status: status.clone(),
+        sources: reports,
+        health_checks: unserved,
+        xdp_refused: refused,
+        nearly_full,
+        overlaps: taken,
+        devices: config.devices.clone(),
+    };
+    let changes = Changes::default();
+    let (its_changes, seen, its_reports) = (changes.clone(), of_page, reports.clone());
+    let page = Page::new(config.facts.name.to_string(), pins.clone(), reports, sweep.watch(), changes);
+    let look = page.look();
+    listeners.serve("page", config.page, Arc::new(page), alarm("FailedToStartPage"));
     listeners.spawn("health-check NodePorts", |closed| node_ports.run(closed));
     // The parsed object and what was read back are gone by now.
     sys::trim_heap();
@@ -292,6 +310,12 @@ async fn build(
         writer.run(updates, facts).await;
         Ok(())
     });
+    let its_drain = drain.clone();
+    parts.spawn("recent changes", async {
+        its_changes.follow(seen, its_drain).await;
+        Ok(())
+    });
+    parts.spawn("idle page", drained(drain.clone(), async { match Page::forget_idle(look).await {} }));
     let its_drain = drain.clone();
     parts.spawn(
         "queue",
@@ -329,8 +353,7 @@ async fn build(
     });
     let its_status = status.clone();
     parts.spawn("predecessor", drained(drain.clone(), async { Ok(predecessor.run(its_status).await?) }));
-    let admin =
-        admin::serve(config.admin_socket.clone(), status.clone(), reports, unserved, refused, nearly_full, taken);
+    let admin = admin::serve(config.admin_socket.clone(), its_reports);
     parts.spawn("admin socket", drained(drain.clone(), async { match admin.await {} }));
     parts.spawn(
         "readiness",

@@ -14,6 +14,7 @@
 //! | [`datapath`] | the kernel's tables, programs and attachments |
 //! | [`config`] | flags and the configuration file, as written and as used |
 //! | [`cli`] | the subcommands of `shunt` |
+//! | [`doctor`] | what shunt needs of a node, checked |
 //! | [`telemetry`] | logs, metrics, the admin socket |
 //! | [`health`] | what load balancers and kubelets ask, of the node and of single services |
 //! | [`daemon`] | builds the parts of the agent and runs them |
@@ -28,6 +29,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod doctor;
 pub mod drain;
 pub mod error;
 pub mod health;

@@ -58,7 +58,7 @@ fn json_has_the_same_fields_always() {
     assert!(fields(&status).is_superset(&expected), "{status}");
     let report = &status["report"];
     let lists = ["pending_sources", "sources", "refused", "problems", "xdp_refused", "nearly_full", "families_off"];
-    assert_eq!(fields(report), &set(lists) | &set(["ready"]));
+    assert_eq!(fields(report), &set(lists) | &set(["ready", "devices"]));
     let expected =
         set(["name", "listed", "stale", "last_contact", "last_contact_age", "outages", "objects", "rejected"]);
     assert_eq!(fields(&report["sources"][0]), expected);

@@ -9,6 +9,7 @@ mod cleanup;
 mod command;
 mod devices;
 mod install;
+mod doctor;
 mod lifetime;
 mod node;
 mod other_proxies;

@@ -28,9 +28,13 @@ impl Request {
     }
 
     fn begin_with(place: &Place, to: SocketAddr, method: &str, path: &str) -> io::Result<Self> {
+        Self::begin_as(place, to, &to.to_string(), method, path)
+    }
+
+    fn begin_as(place: &Place, to: SocketAddr, host: &str, method: &str, path: &str) -> io::Result<Self> {
         let mut stream = place.run(|| TcpStream::connect_timeout(&to, PATIENCE))?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n")?;
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n")?;
         Ok(Self(stream))
     }
 
@@ -48,6 +52,11 @@ impl Request {
 /// What a GET from `place` gets.
 pub fn try_get(place: &Place, to: SocketAddr, path: &str) -> io::Result<Reply> {
     Request::begin(place, to, path)?.finish()
+}
+
+/// What a GET gets that names the server so.
+pub fn try_get_as(place: &Place, to: SocketAddr, host: &str, path: &str) -> io::Result<Reply> {
+    Request::begin_as(place, to, host, "GET", path)?.finish()
 }
 
 /// What another method than GET gets.

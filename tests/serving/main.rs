@@ -16,3 +16,4 @@ mod dashboard;
 mod health;
 mod metrics;
 mod node_port;
+mod page;

@@ -11,6 +11,7 @@
 //! | [`traffic`] | the same from a test's side: start, wait, read statistics |
 //! | [`manifests`] | Services, EndpointSlices and Nodes as files |
 //! | [`agent`] | the agent under test |
+//! | [`browser`] | a real browser that looks at its page |
 //! | [`tables`] | what its tables say, as it shows them |
 //! | `held` | what it holds in the kernel |
 //! | [`control_plane`] | a real Kubernetes control plane, and kubelets that are not real |
@@ -24,6 +25,7 @@ pub mod agent;
 pub mod bed;
 #[cfg(feature = "datapath")]
 pub mod bench;
+pub mod browser;
 pub mod cgroup;
 pub mod control_plane;
 #[cfg(feature = "datapath")]

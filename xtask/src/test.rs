@@ -42,7 +42,7 @@ pub struct Args {
 }
 
 /// What the suites run.
-pub const NEEDS: [Need; 12] = [
+pub const NEEDS: [Need; 13] = [
     Need::Program("ip", "iproute2"),
     Need::Program("tc", "iproute2"),
     Need::Program("nft", "nftables"),
@@ -55,6 +55,7 @@ pub const NEEDS: [Need; 12] = [
     Need::Program("runc", "runc"),
     Need::Program("skopeo", "skopeo"),
     Need::Program("systemd-analyze", "systemd"),
+    Need::Program("chromium", "chromium fonts-dejavu-core"),
 ];
 
 /// How the names of the suites begin that want the real Kubernetes control plane.

@@ -8,6 +8,7 @@
 //! | [`monitor`] | monitor |
 //! | [`cleanup`] | cleanup |
 //! | [`host`] | install, uninstall |
+//! | [`doctor`] | doctor |
 //! | [`table`] | (how lists are printed) |
 
 mod agent;
@@ -15,6 +16,7 @@ mod cleanup;
 mod explain;
 mod monitor;
 mod host;
+mod doctor;
 mod show;
 mod table;
 
@@ -155,6 +157,20 @@ mountPropagation Bidirectional, for which it must be privileged). `shunt agent` 
 
 Example:
   shunt mount-bpffs";
+const DOCTOR_HELP: &str = "\
+Looks, and changes nothing. To see whether the socket hooks are asked, this command connects a datagram socket to a port
+that no service has, which sends no packet and counts as one drop, `unknown_port`.
+  ok        as it should be
+  note      worth knowing; nothing is wrong
+  unknown   it could not be looked at; why is said
+  warning   something works less well than it could, or may break
+  failure   services do not work for somebody
+Run it in the agent's network namespace, as root: in a cluster, in the agent's pod. What it says of processes holds for
+those that it sees (in a pod: with hostPID, all). A running agent adds how its sources stand, and which devices it was told
+to serve.
+  sudo shunt doctor
+  sudo shunt doctor -o json | jq -r '.[] | select(.verdict == \"failure\") | .check + \": \" + .advice'
+Exit codes: 0 nothing fails, 1 something does (or the command itself), 64 bad usage.";
 
 /// Services in the kernel: virtual IPs, NodePorts and load-balancer addresses by eBPF, beside any network plugin
 #[derive(Debug, Parser)]
@@ -187,6 +203,9 @@ enum Command {
     /// Connections as they are opened, moved and refused, as it happens
     #[command(after_help = MONITOR_EXAMPLES)]
     Monitor(monitor::MonitorArgs),
+    /// Every precondition of this node, and what to do about each that fails
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor(doctor::DoctorArgs),
     /// Detach and remove everything that is pinned; traffic to services stops, or goes on by a successor with --drain
     #[command(after_help = CLEANUP_HELP)]
     Cleanup(CleanupArgs),
@@ -353,6 +372,7 @@ fn execute(command: Command) -> Result<()> {
         Command::Flows(args) => show::flows(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Monitor(args) => monitor::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Cleanup(args) => cleanup::run(&args.pins.pins(), args.drain),
         Command::Install(args) => host::install(&args),
         Command::Uninstall(args) => host::uninstall(&args),

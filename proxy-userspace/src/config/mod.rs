@@ -32,7 +32,7 @@ use crate::model::{Family, Name, NodeFacts, NodePortAddresses, PrimaryAddresses}
 use crate::source::decode::field::parse_unicast;
 use crate::source::kubernetes::access::{Access, Server};
 use file::Notes;
-use raw::{AgentFlags, HEALTHZ_PORT, LogFormat, METRICS_PORT, SocketLb, Switch};
+use raw::{AgentFlags, HEALTHZ_PORT, LogFormat, METRICS_PORT, PAGE_PORT, SocketLb, Switch};
 use setting::{AgentArgs, Place, Settings};
 
 /// What `shunt agent` is to do.
@@ -66,6 +66,8 @@ pub struct Config {
     pub admin_socket: PathBuf,
     /// Where health is served.
     pub healthz: Option<SocketAddr>,
+    /// Where the page for people is served.
+    pub page: Option<SocketAddr>,
     /// Where metrics are served.
     pub metrics: Option<SocketAddr>,
     /// What is logged.
@@ -220,6 +222,8 @@ impl Config {
         let metrics = parse_listener(&flags.metrics_bind_address, METRICS_PORT);
         let metrics = check.take("metrics-bind-address", metrics, None);
         let conntrack = conntrack(&flags, &mut check);
+        let page = parse_listener(&flags.page_bind_address, PAGE_PORT);
+        let page = check.take("page-bind-address", page, None);
         let level = check_level(&flags.log_level);
         check.take("log-level", level, ());
         if !check.0.is_empty() {
@@ -241,6 +245,7 @@ impl Config {
             admin_socket: flags.admin_socket,
             healthz,
             metrics,
+            page,
             log: Log { level: flags.log_level, format: flags.log_format },
             ready_file: flags.ready_file,
         })
@@ -473,6 +478,7 @@ mod tests {
         assert_eq!(listener(""), None);
         let defaults = config("--manifests m").unwrap();
         assert_eq!(defaults.healthz, Some(SocketAddr::from(([0, 0, 0, 0], HEALTHZ_PORT))));
+        assert_eq!(defaults.page, Some(SocketAddr::from(([127, 0, 0, 1], PAGE_PORT))));
         assert_eq!(defaults.metrics, Some(SocketAddr::from(([127, 0, 0, 1], METRICS_PORT))));
     }
 

@@ -16,6 +16,9 @@ pub const DEFAULT_ADMIN_SOCKET: &str = "/run/shunt/agent.sock";
 /// Port of `--healthz-bind-address` if it names none; what cloud load balancers probe on a Kubernetes node.
 pub const HEALTHZ_PORT: u16 = 10256;
 
+/// Port of `--page-bind-address` if it names none.
+pub const PAGE_PORT: u16 = 10247;
+
 /// Port of `--metrics-bind-address` if it names none.
 pub const METRICS_PORT: u16 = 10249;
 
@@ -235,6 +238,15 @@ pub struct AgentFlags {
     /// An address without a port gets 10249. An address that is in use is tried again every 5 seconds.
     #[arg(long, value_name = "ADDR[:PORT]", default_value = "127.0.0.1:10249", help_heading = "Serving")]
     pub metrics_bind_address: String,
+
+    /// Where a page for people is served, with services, backends, rates, errors and recent changes; empty: nowhere
+    ///
+    /// Open http://127.0.0.1:10247/ in a browser on this node, or through `ssh -L 10247:127.0.0.1:10247 NODE`. It is read
+    /// only and asks nobody who reads it; questions under a name that is neither an address nor localhost are refused.
+    ///
+    /// An address without a port gets 10247. An address that is in use is tried again every 5 seconds.
+    #[arg(long, value_name = "ADDR[:PORT]", default_value = "127.0.0.1:10247", help_heading = "Serving")]
+    pub page_bind_address: String,
 
     /// What is logged: error, warn, info, debug, trace, or directives as MODULE=LEVEL, separated by commas
     #[arg(long, value_name = "LEVEL", default_value = "info", help_heading = "Logging")]

@@ -110,9 +110,9 @@ impl Direction {
 }
 
 /// A socket hook: program name in the object, where it is attached, what it does.
-struct SocketHook(&'static str, Hook, Direction);
+pub(super) struct SocketHook(pub(super) &'static str, pub(super) Hook, Direction);
 
-const SOCKET_HOOKS: [SocketHook; 8] = [
+pub(super) const SOCKET_HOOKS: [SocketHook; 8] = [
     SocketHook("recvmsg4", Hook::BPF_CGROUP_UDP4_RECVMSG, Direction::Reverse),
     SocketHook("recvmsg6", Hook::BPF_CGROUP_UDP6_RECVMSG, Direction::Reverse),
     SocketHook("getpeername4", Hook::BPF_CGROUP_INET4_GETPEERNAME, Direction::Reverse),
@@ -122,6 +122,11 @@ const SOCKET_HOOKS: [SocketHook; 8] = [
     SocketHook("connect4", Hook::BPF_CGROUP_INET4_CONNECT, Direction::Forward),
     SocketHook("connect6", Hook::BPF_CGROUP_INET6_CONNECT, Direction::Forward),
 ];
+
+/// Names of the socket hooks.
+pub fn socket_hook_names() -> impl Iterator<Item = &'static str> {
+    SOCKET_HOOKS.iter().map(|hook| hook.0)
+}
 
 /// The root of cgroup2 as mounted here.
 pub fn find_cgroup_root() -> Result<PathBuf, Error> {

@@ -48,6 +48,15 @@ impl Answers {
         }
     }
 
+    /// True if any type, field or constant of the kernel bears this name; nothing where the kernel has no BTF.
+    pub fn kernel_names(name: &str) -> Result<Option<bool>, Error> {
+        match fs::read(KERNEL) {
+            Ok(btf) => Sections::parse(&btf).map(|sections| Some(sections.has_string(name))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::Io(error)),
+        }
+    }
+
     /// BTF id of a function.
     pub fn function(&self, name: &str) -> Option<u32> {
         self.functions.iter().find(|(known, _)| known == name).map(|&(_, id)| id)
@@ -126,6 +135,11 @@ impl<'a> Sections<'a> {
         rest.strip_prefix(wanted.as_bytes()).is_some_and(|rest| rest.first() == Some(&0))
     }
 
+    /// True for the end of a string too: tools may store one string as the end of another.
+    fn has_string(&self, wanted: &str) -> bool {
+        self.strings.split(|byte| *byte == 0).any(|string| string.ends_with(wanted.as_bytes()))
+    }
+
     fn member_offset(&self, structure: &Type<'_>, name: &str) -> Result<Option<u32>, Error> {
         const MEMBER: usize = 12;
         for at in (0..structure.extra.len()).step_by(MEMBER) {
@@ -175,6 +189,14 @@ mod tests {
         let types: Vec<u8> = types.iter().flat_map(|word| word.to_ne_bytes()).collect();
         let header = [0x0001_eb9f, 24, 0, types.len() as u32, types.len() as u32, strings.len() as u32];
         header.iter().flat_map(|word| word.to_ne_bytes()).chain(types).chain(strings).collect()
+    }
+
+    #[test]
+    fn names_are_found_whatever_they_name() {
+        let btf = made_up_btf(&["bpf_ct_release"]);
+        let sections = Sections::parse(&btf).unwrap();
+        assert!(sections.has_string("mark") && sections.has_string("bpf_ct_release"));
+        assert!(!sections.has_string("bpf_ct") && !sections.has_string("absent"));
     }
 
     #[test]

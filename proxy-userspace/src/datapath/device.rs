@@ -6,6 +6,7 @@
 use std::fmt;
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 /// What netlink says about a network device, as far as the decision needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,7 +109,8 @@ impl fmt::Display for Skip {
 }
 
 /// What the operator says about devices.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Choice {
     /// `--devices`: only these; empty: all.
     pub only: Vec<String>,
@@ -119,7 +121,8 @@ pub struct Choice {
 }
 
 /// `--xdp`: which devices run the XDP program before the others.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Xdp {
     /// Ethernet hardware, where the driver has native XDP; other devices are passed over
     Auto,

@@ -4,7 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
-use std::os::fd::AsFd as _;
+use std::fs;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::Path;
 
 use proxy_common::abi::backend::BackendRecord;
@@ -68,6 +69,12 @@ pub fn device_name(ifindex: u32) -> Option<String> {
 /// Entries that a map can hold.
 pub fn capacity(maps: &MapFds, name: &'static str) -> Result<u32, Error> {
     Ok(sys::map_info(maps.get(name)?).map_err(on_map("examine", name))?.max_entries)
+}
+
+/// Bytes that the kernel holds for a map, as it says itself.
+pub fn bytes(map: BorrowedFd<'_>) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.as_raw_fd())).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
 }
 
 /// Entries of a table of flows, and how many it can hold.

@@ -230,7 +230,7 @@ pub(super) fn on_map(action: &'static str, name: &str) -> impl FnOnce(io::Error)
 
 /// Maps that outlive the programs: what `proxy_common::abi` lays out, and the marks of kept source ports. All other maps
 /// belong to one load of the programs, which keep them alive: scratch space of one version is never read by another.
-const SHARED: [&str; 21] = [
+pub(super) const SHARED: [&str; 21] = [
     "addresses",
     "affinity",
     "backends",

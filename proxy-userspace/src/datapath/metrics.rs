@@ -5,8 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use prometheus_client::collector::Collector;
@@ -89,7 +88,7 @@ impl Tables {
         if capacity == 0 {
             return Ok(None);
         }
-        Ok(Some(MapUse { entries: self.entries(&name, sweep)?, capacity, bytes: memory(fd), name }))
+        Ok(Some(MapUse { entries: self.entries(&name, sweep)?, capacity, bytes: inspect::bytes(fd), name }))
     }
 
     /// How many entries of a map are in use; nothing where that is not known or means nothing.
@@ -211,12 +210,6 @@ fn count_policies(frontends: &[(Addr, FrontendValue)]) -> BTreeMap<Policy, usize
         services.entry((policy, Family::of(addr))).or_default().insert(value.service);
     }
     services.into_iter().map(|(policy, services)| (policy, services.len())).collect()
-}
-
-/// Bytes that the kernel holds for a map, as it says itself.
-fn memory(map: BorrowedFd<'_>) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.as_raw_fd())).ok()?;
-    text.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
 }
 
 /// A service port by its labels.

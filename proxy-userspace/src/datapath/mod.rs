@@ -29,6 +29,7 @@
 //! | [`dry_run`] | the packet programs run on made packets, changing nothing |
 //! | [`route`] | where the kernel would send a packet |
 //! | [`monitor`] | what the programs tell while somebody watches |
+//! | [`survey`] | what a person who looks for a fault wants to see |
 //! | [`inspect`] | tables and attachments in words |
 //! | [`overlap`], [`listener`] | NodePorts that something else on this node has too |
 //! | [`fullness`] | tables that are nearly full |
@@ -85,6 +86,7 @@ pub mod reconcile;
 pub mod reserve;
 pub mod restore;
 pub mod route;
+pub mod survey;
 pub mod sweep;
 pub mod sys;
 pub mod withdraw;

@@ -5,8 +5,9 @@
 //! last one, and it tracks connections while some rule asks about them: a kube-proxy that takes its rules away takes the
 //! translation of all its connections with them, unless others have such. [`keep_translating`] makes one chain with one rule
 //! that asks and decides nothing.
-//! May touch: the connection table and the rules, for reading; one table of nf_tables, named [`TABLE`].
+//! May touch: the connection table and all rules of nf_tables, for reading; one table of nf_tables, named [`TABLE`].
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -53,12 +54,13 @@ const NEW_TABLE: u16 = NF_TABLES;
 const DELETE_TABLE: u16 = NF_TABLES | 2;
 const NEW_CHAIN: u16 = NF_TABLES | 3;
 const GET_CHAIN: u16 = NF_TABLES | 4;
-const GET_RULE: u16 = NF_TABLES | 7;
 const NEW_RULE: u16 = NF_TABLES | 6;
+const GET_RULE: u16 = NF_TABLES | 7;
 const TABLE_NAME: u16 = 1;
 const CHAIN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
+const CHAIN_POLICY: u16 = 5;
 const CHAIN_TYPE: u16 = 7;
 const HOOK_NUMBER: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;
@@ -70,6 +72,7 @@ const EXPRESSION_NAME: u16 = 1;
 const EXPRESSION_DATA: u16 = 2;
 const CT_REGISTER: u16 = 1;
 const CT_KEY: u16 = 2;
+const CT_KEY_STATE: u32 = 0;
 const CT_KEY_DIRECTION: u32 = 1;
 const META_KEY: u16 = 2;
 const META_L4PROTO: u32 = 16;
@@ -81,6 +84,22 @@ const NAT_TYPE: u16 = 1;
 const NAT_DESTINATION: u32 = 1;
 /// linux/netfilter/nf_tables_compat.h
 const TARGET_NAME: u16 = 1;
+const BITWISE_MASK: u16 = 4;
+const DATA_VERDICT: u16 = 2;
+const IMMEDIATE_DATA: u16 = 2;
+const VERDICT_CODE: u16 = 1;
+const VERDICT_CHAIN: u16 = 2;
+const LOOKUP_DESTINATION: u16 = 3;
+const REGISTER_VERDICT: u32 = 0;
+const MATCH_NAME: u16 = 1;
+const MATCH_INFO: u16 = 3;
+/// linux/netfilter/nf_conntrack_common.h, NF_CT_STATE_INVALID_BIT, and linux/netfilter/xt_conntrack.h,
+/// XT_CONNTRACK_STATE_INVALID.
+const STATE_INVALID: u32 = 1;
+// linux/netfilter.h
+const VERDICT_DROP: i32 = 0;
+const VERDICT_ACCEPT: i32 = 1;
+const FORWARD: u32 = 2;
 const COMPARE_REGISTER: u16 = 1;
 const COMPARE_OPERATION: u16 = 2;
 const COMPARE_WITH: u16 = 3;
@@ -172,11 +191,181 @@ pub fn chains() -> io::Result<Vec<(String, String)>> {
 }
 
 fn parse_chain(body: &[u8]) -> Option<(String, String)> {
-    let text = |wanted| {
-        let (_, value) = attributes(body.get(HEADER..)?).find(|(kind, _)| *kind == wanted)?;
-        parse_text(value)
+    let of_chain = body.get(HEADER..)?;
+    Some((text(find(of_chain, CHAIN_TABLE)?)?, text(find(of_chain, CHAIN_NAME)?)?))
+}
+
+/// A chain by family (`NFPROTO_` number), table and name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct ChainName {
+    family: u8,
+    table: String,
+    name: String,
+}
+
+/// What the rules of a chain can do, as far as they can be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct ChainUse {
+    /// Hangs at the forward hook and drops what no rule decides on.
+    drops_forwarded: bool,
+    accepts: bool,
+    /// A rule looks its verdict up in a map, which may accept or lead anywhere.
+    looks_up: bool,
+    drops_invalid: bool,
+    leads_to: BTreeSet<String>,
+}
+
+/// A chain that drops what is forwarded unless a rule accepts it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Dropping {
+    /// The chain as `nft` names it: family, table, name.
+    pub chain: String,
+    /// A rule in it, or in a chain that it leads to, accepts something.
+    pub accepts_some: bool,
+}
+
+/// What the rules of this network namespace do to what is forwarded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Firewall {
+    /// Chains whose policy for forwarded packets is to drop.
+    pub dropping: Vec<Dropping>,
+    /// Chains with a rule that drops what connection tracking calls invalid, as `nft` names them.
+    pub invalid_dropping: Vec<String>,
+}
+
+/// Reads all chains and rules of nf_tables, those of iptables among them (but for the old kind of iptables).
+pub fn firewall() -> io::Result<Firewall> {
+    let mut chains = BTreeMap::new();
+    dump(Message::new(GET_CHAIN, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| chains.extend(parse_chain_use(body)))?;
+    if chains.is_empty() {
+        return Ok(Firewall::default());
+    }
+    dump(Message::new(GET_RULE, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| {
+        add_rule(&mut chains, body);
+    })?;
+    Ok(summarize(&chains))
+}
+
+fn summarize(chains: &BTreeMap<ChainName, ChainUse>) -> Firewall {
+    let dropping = chains.iter().filter(|(_, chain)| chain.drops_forwarded);
+    let invalid = chains.iter().filter(|(_, chain)| chain.drops_invalid);
+    Firewall {
+        dropping: dropping
+            .map(|(name, _)| Dropping { chain: name.to_string(), accepts_some: can_accept(chains, name) })
+            .collect(),
+        invalid_dropping: invalid.map(|(name, _)| name.to_string()).collect(),
+    }
+}
+
+/// True if the chain, or one that it leads to, has a rule that accepts.
+fn can_accept(chains: &BTreeMap<ChainName, ChainUse>, start: &ChainName) -> bool {
+    let mut seen = BTreeSet::from([start.name.as_str()]);
+    let mut open = vec![start.name.as_str()];
+    while let Some(name) = open.pop() {
+        let Some(chain) = chains.get(&ChainName { name: name.to_owned(), ..start.clone() }) else { continue };
+        if chain.accepts || chain.looks_up {
+            return true;
+        }
+        open.extend(chain.leads_to.iter().map(String::as_str).filter(|next| seen.insert(next)));
+    }
+    false
+}
+
+impl std::fmt::Display for ChainName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // linux/netfilter.h
+        let family = match self.family {
+            1 => "inet",
+            2 => "ip",
+            5 => "netdev",
+            7 => "bridge",
+            10 => "ip6",
+            _ => "?",
+        };
+        write!(f, "{family} {} {}", self.table, self.name)
+    }
+}
+
+fn parse_chain_use(body: &[u8]) -> Option<(ChainName, ChainUse)> {
+    let (table, name) = parse_chain(body)?;
+    let (mut hook, mut policy) = (None, None);
+    for (kind, value) in attributes(body.get(HEADER..)?) {
+        match kind {
+            CHAIN_HOOK => hook = find(value, HOOK_NUMBER).and_then(number),
+            CHAIN_POLICY => policy = number(value),
+            _ => {}
+        }
+    }
+    // NFPROTO_BRIDGE and others number their hooks otherwise, or see other packets.
+    let is_ip = [1, 2, 10].contains(body.first()?);
+    let drops_forwarded = is_ip && hook == Some(FORWARD) && policy == Some(VERDICT_DROP as u32);
+    Some((ChainName { family: *body.first()?, table, name }, ChainUse { drops_forwarded, ..ChainUse::default() }))
+}
+
+/// Adds what a rule does to what is known of its chain.
+fn add_rule(chains: &mut BTreeMap<ChainName, ChainUse>, body: &[u8]) -> Option<()> {
+    let attributes_of_rule = body.get(HEADER..)?;
+    let name = ChainName {
+        family: *body.first()?,
+        table: text(find(attributes_of_rule, RULE_TABLE)?)?,
+        name: text(find(attributes_of_rule, RULE_CHAIN)?)?,
     };
-    Some((text(CHAIN_TABLE)?, text(CHAIN_NAME)?))
+    let chain = chains.entry(name).or_default();
+    let mut sees_invalid = false;
+    let mut asks_for_state = false;
+    for (_, expression) in attributes(find(attributes_of_rule, RULE_EXPRESSIONS)?) {
+        let data = find(expression, EXPRESSION_DATA).unwrap_or_default();
+        match find(expression, EXPRESSION_NAME)?.strip_suffix(&[0])? {
+            b"ct" => asks_for_state = find(data, CT_KEY).and_then(number) == Some(CT_KEY_STATE),
+            b"bitwise" if asks_for_state => {
+                // Not a number of the network: a mask as the kernel keeps it.
+                let mask = find(data, BITWISE_MASK).and_then(|mask| find(mask, DATA_VALUE));
+                let mask = mask.and_then(|mask| mask.try_into().ok()).map_or(0, u32::from_ne_bytes);
+                sees_invalid |= mask & STATE_INVALID != 0;
+            }
+            b"match" => sees_invalid |= matches_invalid(data),
+            b"lookup" => {
+                chain.looks_up |= find(data, LOOKUP_DESTINATION).and_then(number) == Some(REGISTER_VERDICT);
+            }
+            b"immediate" => {
+                let verdict = find(data, IMMEDIATE_DATA).and_then(|data| find(data, DATA_VERDICT));
+                let Some(verdict) = verdict else { continue };
+                match find(verdict, VERDICT_CODE).and_then(number).map(u32::cast_signed) {
+                    Some(VERDICT_ACCEPT) => chain.accepts = true,
+                    Some(VERDICT_DROP) => chain.drops_invalid |= sees_invalid,
+                    _ => chain.leads_to.extend(find(verdict, VERDICT_CHAIN).and_then(text)),
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(())
+}
+
+/// True for iptables' `-m conntrack --ctstate INVALID` (linux/netfilter/xt_conntrack.h, xt_conntrack_mtinfo3).
+fn matches_invalid(data: &[u8]) -> bool {
+    const BY_STATE: u16 = 1;
+    const FLAGS: usize = 146;
+    let half = |info: &[u8], at: usize| info.get(at..at + 2).map(|half| u16::from_ne_bytes([half[0], half[1]]));
+    let read = || {
+        let info = find(data, MATCH_INFO)?;
+        let [flags, inverted, states] = [FLAGS, FLAGS + 2, FLAGS + 4].map(|at| half(info, at));
+        Some(flags? & BY_STATE != 0 && inverted? & BY_STATE == 0 && u32::from(states?) & STATE_INVALID != 0)
+    };
+    find(data, MATCH_NAME).and_then(text).as_deref() == Some("conntrack") && read().unwrap_or(false)
+}
+
+/// The value of an attribute.
+fn find(attributes_in: &[u8], wanted: u16) -> Option<&[u8]> {
+    attributes(attributes_in).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+}
+
+fn number(value: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(value.try_into().ok()?))
+}
+
+fn text(value: &[u8]) -> Option<String> {
+    String::from_utf8(value.strip_suffix(&[0]).unwrap_or(value).to_vec()).ok()
 }
 
 /// A rule that translates the destination of packets to one port of this node.
@@ -219,7 +408,7 @@ fn parse_port_rule(body: &[u8]) -> Option<PortRule> {
     let (mut chain, mut reading) = (None, Reading::default());
     for (kind, value) in attributes(body.get(HEADER..)?) {
         match kind {
-            RULE_CHAIN => chain = parse_text(value),
+            RULE_CHAIN => chain = text(value),
             RULE_EXPRESSIONS => attributes(value).for_each(|(_, expression)| reading.take(expression)),
             _ => {}
         }
@@ -227,10 +416,6 @@ fn parse_port_rule(body: &[u8]) -> Option<PortRule> {
     let Reading { addr, port, proto, is_translated, .. } = reading;
     let (port, proto) = (Port(port?), Proto(proto?));
     is_translated.then_some(PortRule { chain: chain?, addr, port, proto })
-}
-
-fn parse_text(value: &[u8]) -> Option<String> {
-    String::from_utf8(value.strip_suffix(&[0]).unwrap_or(value).to_vec()).ok()
 }
 
 /// What the expressions of a rule have said so far.
@@ -329,17 +514,14 @@ fn translated(body: &[u8]) -> Option<Dialled> {
 }
 
 fn parse_tuple(tuple: &[u8]) -> Option<Dialled> {
-    let find = |inside: &'_ [u8], wanted| {
-        attributes(inside).find(|(kind, _)| *kind == wanted).map(|(_, value)| value.to_vec())
-    };
     let (ip, proto) = (find(tuple, CTA_TUPLE_IP)?, find(tuple, CTA_TUPLE_PROTO)?);
-    let v4 = || Some(Addr::from(Ipv4Addr::from(<[u8; 4]>::try_from(find(&ip, CTA_IP_V4_DST)?).ok()?)));
-    let v6 = || Some(Addr::from(Ipv6Addr::from(<[u8; 16]>::try_from(find(&ip, CTA_IP_V6_DST)?).ok()?)));
-    let port = find(&proto, CTA_PROTO_DST_PORT)?;
+    let v4 = || Some(Addr::from(Ipv4Addr::from(<[u8; 4]>::try_from(find(ip, CTA_IP_V4_DST)?).ok()?)));
+    let v6 = || Some(Addr::from(Ipv6Addr::from(<[u8; 16]>::try_from(find(ip, CTA_IP_V6_DST)?).ok()?)));
+    let port = find(proto, CTA_PROTO_DST_PORT)?;
     Some(Dialled {
         addr: v4().or_else(v6)?,
         port: Port(u16::from_be_bytes(port.try_into().ok()?)),
-        proto: Proto(*find(&proto, CTA_PROTO_NUM)?.first()?),
+        proto: Proto(*find(proto, CTA_PROTO_NUM)?.first()?),
     })
 }
 
@@ -508,7 +690,7 @@ mod tests {
     }
 
     /// A rule as iptables writes it: -p tcp -d ADDR --dport 30080 -j DNAT.
-    fn rule(target: &[u8]) -> Vec<u8> {
+    fn port_rule(target: &[u8]) -> Vec<u8> {
         let load = |message: &mut Message, base: u32, offset: u32| {
             message.expression("payload", |data| {
                 data.attribute(PAYLOAD_BASE, &base.to_be_bytes());
@@ -544,12 +726,108 @@ mod tests {
         let parse = |bytes: &[u8]| messages(bytes).find_map(|(_, body)| parse_port_rule(body));
         let addr = Some(Ipv4Addr::new(10, 0, 0, 7).into());
         let expected = PortRule { chain: "CNI-DN-1".into(), addr, port: Port(30080), proto: Proto::TCP };
-        assert_eq!(parse(&rule(b"DNAT\0")), Some(expected));
-        assert_eq!(parse(&rule(b"MARK\0")), None, "it translates nothing");
-        let whole = rule(b"DNAT\0");
+        assert_eq!(parse(&port_rule(b"DNAT\0")), Some(expected));
+        assert_eq!(parse(&port_rule(b"MARK\0")), None, "it translates nothing");
+        let whole = port_rule(b"DNAT\0");
         let (_, body) = messages(&whole).next().expect("it is whole");
         for length in 0..body.len() {
             let _ = parse_port_rule(&body[..length]);
+        }
+    }
+
+    /// A rule of `ip filter`, as the kernel lists it.
+    fn rule(chain: &str, fill: impl FnOnce(&mut Message)) -> Vec<u8> {
+        let mut message = Message::new(NEW_RULE, 0, 1, 2);
+        message.text(RULE_TABLE, "filter");
+        message.text(RULE_CHAIN, chain);
+        message.nested(RULE_EXPRESSIONS, fill);
+        message.finish()
+    }
+
+    fn decide(list: &mut Message, code: i32, chain: Option<&str>) {
+        list.expression("immediate", |data| {
+            data.nested(IMMEDIATE_DATA, |data| {
+                data.nested(DATA_VERDICT, |verdict| {
+                    verdict.attribute(VERDICT_CODE, &code.to_be_bytes());
+                    chain.into_iter().for_each(|chain| verdict.text(VERDICT_CHAIN, chain));
+                });
+            });
+        });
+    }
+
+    fn chain(name: &str, hook: Option<(u32, i32)>) -> Vec<u8> {
+        let mut message = Message::new(NEW_CHAIN, 0, 1, 2);
+        message.text(CHAIN_TABLE, "filter");
+        message.text(CHAIN_NAME, name);
+        if let Some((hook, policy)) = hook {
+            message.nested(CHAIN_HOOK, |inside| inside.attribute(HOOK_NUMBER, &hook.to_be_bytes()));
+            message.attribute(CHAIN_POLICY, &policy.to_be_bytes());
+        }
+        message.finish()
+    }
+
+    fn firewall_of(listed: &[Vec<u8>], rules: &[Vec<u8>]) -> Firewall {
+        let mut chains = BTreeMap::new();
+        messages(&listed.concat()).for_each(|(_, body)| chains.extend(parse_chain_use(body)));
+        messages(&rules.concat()).for_each(|(_, body)| assert_eq!(add_rule(&mut chains, body), Some(())));
+        summarize(&chains)
+    }
+
+    #[test]
+    fn a_policy_of_drop_counts_at_the_forward_hook_and_accepting_rules_are_looked_for_in_all_chains_it_leads_to() {
+        const JUMP: i32 = -3;
+        let chains = [
+            chain("FORWARD", Some((FORWARD, VERDICT_DROP))),
+            chain("INPUT", Some((1, VERDICT_DROP))),
+            chain("OPEN", Some((FORWARD, VERDICT_ACCEPT))),
+            chain("A", None),
+            chain("B", None),
+        ];
+        let leads = |from, to| rule(from, |list| decide(list, JUMP, Some(to)));
+        let dropping = |rules: &[Vec<u8>]| firewall_of(&chains, rules).dropping;
+        let wanted = |accepts_some| [Dropping { chain: "ip filter FORWARD".into(), accepts_some }];
+        assert_eq!(dropping(&[]), wanted(false));
+        let accept = |chain| rule(chain, |list| decide(list, VERDICT_ACCEPT, None));
+        assert_eq!(dropping(&[accept("FORWARD")]), wanted(true));
+        assert_eq!(dropping(&[accept("B")]), wanted(false), "nothing leads there");
+        let circle = [leads("FORWARD", "A"), leads("A", "B"), leads("B", "A")];
+        assert_eq!(dropping(&circle), wanted(false));
+        assert_eq!(dropping(&[&circle[..], &[accept("B")]].concat()), wanted(true));
+    }
+
+    #[test]
+    fn rules_that_drop_what_is_invalid_are_known_in_both_forms() {
+        let native = |mask: u32, verdict| {
+            rule("A", |list| {
+                list.expression("ct", |data| data.attribute(CT_KEY, &CT_KEY_STATE.to_be_bytes()));
+                list.expression("bitwise", |data| {
+                    data.nested(BITWISE_MASK, |inside| inside.attribute(DATA_VALUE, &mask.to_ne_bytes()));
+                });
+                decide(list, verdict, None);
+            })
+        };
+        let of_iptables = |states: u16, inverted: u16| {
+            let mut info = vec![0; 160];
+            for (at, half) in [(146, 1u16), (148, inverted), (150, states)] {
+                info[at..at + 2].copy_from_slice(&half.to_ne_bytes());
+            }
+            rule("A", |list| {
+                list.expression("match", |data| {
+                    data.text(MATCH_NAME, "conntrack");
+                    data.attribute(MATCH_INFO, &info);
+                });
+                decide(list, VERDICT_DROP, None);
+            })
+        };
+        for (rule, is_so) in [
+            (native(1, VERDICT_DROP), true),
+            (native(1, VERDICT_ACCEPT), false),
+            (native(6, VERDICT_DROP), false),
+            (of_iptables(1, 0), true),
+            (of_iptables(1, 1), false),
+            (of_iptables(2, 0), false),
+        ] {
+            assert_eq!(!firewall_of(&[], &[rule]).invalid_dropping.is_empty(), is_so);
         }
     }
 

@@ -116,7 +116,7 @@ fn is_about_device(link: &LinkMessage) -> bool {
     link.header.interface_family == AddressFamily::Unspec
 }
 
-fn parse_device(link: &LinkMessage) -> Device {
+pub(super) fn parse_device(link: &LinkMessage) -> Device {
     let mut device = Device {
         index: link.header.index,
         name: String::new(),
@@ -150,7 +150,7 @@ fn parse_device(link: &LinkMessage) -> Device {
     device
 }
 
-fn parse_binding(message: &AddressMessage) -> Option<Binding> {
+pub(super) fn parse_binding(message: &AddressMessage) -> Option<Binding> {
     let (mut local, mut address) = (None, None);
     for attribute in &message.attributes {
         match attribute {

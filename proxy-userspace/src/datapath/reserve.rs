@@ -118,7 +118,7 @@ impl PortSet {
     }
 
     /// As the kernel writes lists of ports.
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         let mut text = String::new();
         for range in self.ranges() {
             let comma = if text.is_empty() { "" } else { "," };
@@ -330,7 +330,7 @@ impl Task {
 }
 
 /// The whole list. In one piece: a second read gives nothing (proc_do_large_bitmap, kernel/sysctl.c).
-fn read_reserved() -> Result<PortSet, Error> {
+pub(super) fn read_reserved() -> Result<PortSet, Error> {
     let mut text = vec![0; LONGEST];
     let read = File::open(RESERVED).and_then(|mut file| file.read(&mut text)).map_err(sysctl("read"))?;
     let text = String::from_utf8_lossy(&text[..read]);

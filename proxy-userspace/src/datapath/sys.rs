@@ -71,6 +71,15 @@ pub enum Place {
     Last,
 }
 
+/// Whose hook is looked at.
+#[derive(Clone, Copy, Debug)]
+pub enum HookTarget<'a> {
+    /// A device of the calling thread's network namespace, by interface index.
+    Device(u32),
+    /// A control group.
+    Cgroup(BorrowedFd<'a>),
+}
+
 const BPF_F_BEFORE: u32 = 1 << 3;
 const BPF_F_AFTER: u32 = 1 << 4;
 /// linux/if_link.h
@@ -158,6 +167,21 @@ struct BatchAttr {
     map: u32,
     element_flags: u64,
     flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttr {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    reserved: u32,
+    /// Flags of the programs, ids of the links, flags of the links: not asked for.
+    unused: [u64; 3],
+    revision: u64,
 }
 
 /// Calls bpf(2).
@@ -290,6 +314,34 @@ pub fn link_xdp(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
     };
     // SAFETY: no pointers; the command returns a descriptor.
     unsafe { bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+}
+
+/// Ids of the programs at a hook, in the order in which they run.
+///
+/// `target` is an interface index for hooks of devices, else the descriptor of a control group, for which those of the groups
+/// above it are listed too. EINVAL: the kernel does not know the hook.
+pub fn attached_programs(target: HookTarget<'_>, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
+    /// linux/bpf.h
+    const BPF_F_QUERY_EFFECTIVE: u32 = 1;
+    /// More than any hook can have today: 64 a device or control group (BPF_MPROG_MAX, BPF_CGROUP_MAX_PROGS).
+    const MOST: u32 = 1024;
+    let (target, query_flags) = match target {
+        HookTarget::Device(ifindex) => (ifindex, 0),
+        HookTarget::Cgroup(group) => (raw(group), BPF_F_QUERY_EFFECTIVE),
+    };
+    let mut programs = vec![0u32; MOST as usize];
+    let mut attr = QueryAttr {
+        target,
+        attach_type: hook as u32,
+        query_flags,
+        programs: programs.as_mut_ptr() as u64,
+        count: MOST,
+        ..Default::default()
+    };
+    // SAFETY: `programs` is live, writable and has room for `count` ids.
+    unsafe { bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr) }?;
+    programs.truncate(attr.count as usize);
+    Ok(programs)
 }
 
 /// Puts another program behind a link, in one step.

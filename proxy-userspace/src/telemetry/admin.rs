@@ -25,6 +25,7 @@ use crate::datapath::attach::XdpRefusal;
 use crate::datapath::fullness::NearlyFull;
 use crate::datapath::node;
 use crate::datapath::overlap::Overlaps;
+use crate::datapath::device::Choice;
 use crate::datapath::reconcile::Status;
 use crate::health::node_port::Refusals;
 use crate::planner::Subject;
@@ -65,6 +66,8 @@ pub struct Report {
     pub nearly_full: Vec<Trouble>,
     /// Families of addresses in which nothing is served here.
     pub families_off: Vec<Trouble>,
+    /// Which devices the agent was told to serve.
+    pub devices: Choice,
 }
 
 /// Something that is not as it should be.
@@ -77,7 +80,7 @@ pub struct Trouble {
 }
 
 /// Devices that refuse the XDP program, by interface index.
-type XdpRefusals = BTreeMap<u32, XdpRefusal>;
+pub type XdpRefusals = BTreeMap<u32, XdpRefusal>;
 
 impl Report {
     fn new(
@@ -116,6 +119,7 @@ impl Report {
                 .values()
                 .map(|usage| Trouble { subject: usage.table.to_owned(), message: usage.to_string() })
                 .collect(),
+            devices: Choice::default(),
         }
     }
 }
@@ -128,17 +132,49 @@ fn subject_text(subject: &Subject) -> String {
     }
 }
 
+/// What reports are made of. Clones watch the same.
+#[derive(Clone, Debug)]
+pub struct Reports {
+    /// The reconciler's.
+    pub status: watch::Receiver<Arc<Status>>,
+    /// The sources'.
+    pub sources: Sources,
+    /// Of health-check NodePorts that cannot be served.
+    pub health_checks: watch::Receiver<Refusals>,
+    /// Of devices that refuse XDP.
+    pub xdp_refused: watch::Receiver<XdpRefusals>,
+    /// Of tables that are nearly full.
+    pub nearly_full: watch::Receiver<NearlyFull>,
+    /// Of NodePorts that something else on this node has too.
+    pub overlaps: watch::Receiver<Overlaps>,
+    /// Which devices the agent was told to serve.
+    pub devices: Choice,
+}
+
+impl Reports {
+    /// How everything stands.
+    pub fn now(&self) -> Report {
+        let (status, sources) = (self.status.borrow().clone(), self.sources.report(SystemTime::now()));
+        let report = Report::new(
+            &status,
+            sources,
+            &self.health_checks.borrow(),
+            &self.xdp_refused.borrow(),
+            &self.nearly_full.borrow(),
+            &self.overlaps.borrow(),
+        );
+        Report { devices: self.devices.clone(), families_off: families_off(), ..report }
+    }
+
+    /// Plans that have changed something until now.
+    pub fn plans(&self) -> u64 {
+        self.status.borrow().plans
+    }
+}
+
 /// Listens for ever; what fails is told and tried again, since the agent's work does not depend on being asked. A socket
 /// that an earlier agent left is replaced: the lock on the pins says that it is dead.
-pub async fn serve(
-    path: PathBuf,
-    status: watch::Receiver<Arc<Status>>,
-    sources: Sources,
-    health_checks: watch::Receiver<Refusals>,
-    xdp_refused: watch::Receiver<XdpRefusals>,
-    nearly_full: watch::Receiver<NearlyFull>,
-    overlaps: watch::Receiver<Overlaps>,
-) -> Infallible {
+pub async fn serve(path: PathBuf, reports: Reports) -> Infallible {
     let listener = listen_at_last(&path).await;
     loop {
         let mut connection = match listener.accept().await {
@@ -149,14 +185,7 @@ pub async fn serve(
                 continue;
             }
         };
-        let (status, sources) = (status.borrow().clone(), sources.report(SystemTime::now()));
-        let (unserved, refused) = (health_checks.borrow().clone(), xdp_refused.borrow().clone());
-        let (full, overlaps) = (nearly_full.borrow().clone(), overlaps.borrow().clone());
-        let report = Report {
-            families_off: families_off(),
-            ..Report::new(&status, sources, &unserved, &refused, &full, &overlaps)
-        };
-        let text = serde_json::to_vec(&report).expect("strings and booleans have a JSON form");
+        let text = serde_json::to_vec(&reports.now()).expect("strings and booleans have a JSON form");
         // One that does not read holds up the others for no longer than that.
         let sent = tokio::time::timeout(Duration::from_secs(1), connection.write_all(&text)).await;
         if !matches!(sent, Ok(Ok(()))) {
@@ -227,10 +256,12 @@ mod tests {
         let (_sender, status) = watch::channel(Arc::new(Status::default()));
         let (_checks, health_checks) = watch::channel(Refusals::default());
         let (_refusals, refused) = watch::channel(XdpRefusals::default());
-        let (_full, full) = watch::channel(NearlyFull::default());
-        let sources = sources(&Contact::default());
-        let (_taken, taken) = watch::channel(Overlaps::default());
-        let server = tokio::spawn(serve(path.clone(), status, sources, health_checks, refused, full, taken));
+        let (_full, nearly_full) = watch::channel(NearlyFull::default());
+        let (_taken, overlaps) = watch::channel(Overlaps::default());
+        let (sources, devices) = (sources(&Contact::default()), Choice::default());
+        let reports =
+            Reports { status, sources, health_checks, xdp_refused: refused, nearly_full, overlaps, devices };
+        let server = tokio::spawn(serve(path.clone(), reports));
         sleep(3 * LISTEN_RETRY).await;
         assert!(!server.is_finished());
         std::fs::remove_file(&in_the_way).unwrap();
@@ -253,9 +284,20 @@ mod tests {
         let address = "192.0.2.1:30100".parse().unwrap();
         let refusal = Refusal { service, address, error: "in use".into() };
         let (_checks, health_checks) = watch::channel(Refusals::from([(address, refusal)]));
-        let (_full, full) = watch::channel(NearlyFull::default());
-        let (_taken, taken) = watch::channel(Overlaps::default());
-        let server = tokio::spawn(serve(path.clone(), status, sources(&contact), health_checks, refused, full, taken));
+        let (_full, nearly_full) = watch::channel(NearlyFull::default());
+        let (_taken, overlaps) = watch::channel(Overlaps::default());
+        let devices = Choice { except: vec!["docker*".into()], ..Choice::default() };
+        let sources = sources(&contact);
+        let reports = Reports {
+            status,
+            sources,
+            health_checks,
+            xdp_refused: refused,
+            nearly_full,
+            overlaps,
+            devices: devices.clone(),
+        };
+        let server = tokio::spawn(serve(path.clone(), reports));
         let failure = Failure { subject: Subject::Node, error: "full".into(), attempts: 2, waiting: 3 };
         sender.send_replace(Arc::new(Status {
             is_ready: true,
@@ -277,6 +319,7 @@ mod tests {
         let unserved =
             "healthCheckNodePort 30100: cannot listen on 192.0.2.1:30100 (in use); it is tried again".to_owned();
         assert_eq!(report.problems, [Trouble { subject: "manifests/a/b".into(), message: unserved }]);
+        assert_eq!(report.devices, devices);
         assert_eq!(report.xdp_refused, [Trouble { subject: "eth0".into(), message: "busy".into() }]);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         server.abort();

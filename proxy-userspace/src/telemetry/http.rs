@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HOST, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -50,10 +50,14 @@ pub trait Handler: Send + Sync + 'static {
 }
 
 /// What is asked.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Question<'a> {
     /// Path, without the query.
     pub path: &'a str,
+    /// What follows the path after a question mark, as it was sent.
+    pub query: &'a str,
+    /// The name by which the client asks (RFC 9110, 7.2); empty: it does not say.
+    pub host: &'a str,
     /// What the client would like to get (RFC 9110, 12.5.1); empty: it does not say.
     pub accept: &'a str,
 }
@@ -213,8 +217,15 @@ fn tell(ended: hyper::Result<()>) {
 async fn respond<H: Handler>(handler: &H, request: &Request<Incoming>) -> Response<Full<Bytes>> {
     let is_known = handler.takes(request.method());
     let answer = if is_known {
-        let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        handler.answer(Question { path: request.uri().path(), accept }).await
+        let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let uri = request.uri();
+        let question = Question {
+            path: uri.path(),
+            query: uri.query().unwrap_or_default(),
+            host: header(HOST),
+            accept: header(ACCEPT),
+        };
+        handler.answer(question).await
     } else {
         Answer::text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are answered\n")
     };
@@ -241,7 +252,10 @@ mod tests {
 
     impl Handler for Echo {
         async fn answer(&self, question: Question<'_>) -> Answer {
-            Answer::text(StatusCode::OK, format!("{} {}", question.path, question.accept))
+            Answer::text(
+                StatusCode::OK,
+                format!("{} {} {}{}", question.path, question.accept, question.host, question.query),
+            )
         }
     }
 
@@ -297,7 +311,7 @@ mod tests {
         let address = free_address().await;
         let (_trigger, _task) = server(address);
         let answer = ask(address, "GET /a?b HTTP/1.1\r\nHost: x\r\nAccept: c\r\nConnection: close\r\n\r\n").await;
-        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n/a c"), "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n/a c xb"), "{answer}");
         assert!(answer.contains("X-Content-Type-Options: nosniff\r\n"), "{answer}");
         let answer = ask(address, "HEAD /a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n"), "{answer}");
@@ -319,7 +333,7 @@ mod tests {
         busy.write_all(b"ter HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         let mut answer = String::new();
         busy.read_to_string(&mut answer).await.unwrap();
-        assert!(answer.ends_with("/later "), "{answer}");
+        assert!(answer.ends_with("/later  x"), "{answer}");
         task.await.unwrap();
         assert_eq!(idle.read(&mut [0; 512]).await.unwrap(), 0);
     }

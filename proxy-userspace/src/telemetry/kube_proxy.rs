@@ -187,7 +187,7 @@ mod tests {
     }
 
     async fn ask(pages: &Pages, path: &str) -> (u16, &'static str, String) {
-        let answer = pages.answer(Question { path, accept: "" }).await;
+        let answer = pages.answer(Question { path, ..Question::default() }).await;
         (answer.status.as_u16(), answer.content_type, answer.body)
     }
 

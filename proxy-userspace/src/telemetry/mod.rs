@@ -7,6 +7,7 @@
 //! | [`http`] | small HTTP listeners |
 //! | [`kube_proxy`] | what tools ask on kube-proxy's metrics address |
 //! | [`metrics`] | the registry as text |
+//! | [`page`] | a page for people |
 //! | [`process`] | this process as metrics |
 //! | [`source`] | how each source stands |
 //! | [`status`] | what reconciler and sources report, as metrics |
@@ -16,6 +17,7 @@ pub mod event;
 pub mod http;
 pub mod kube_proxy;
 pub mod metrics;
+pub mod page;
 pub mod process;
 pub mod source;
 pub mod status;
