@@ -32,7 +32,7 @@ use crate::datapath::object::OBJECT;
 use crate::datapath::pins::{LOADED_NOTE, Pins};
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{node, other_proxies, predecessor, reserve, restore, sweep, sys};
+use crate::datapath::{node, other_proxies, predecessor, reserve, restore, stale, sweep, sys};
 use crate::drain::{self, Drain};
 use crate::health::{Health, Watched, node_port};
 use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
@@ -183,6 +183,7 @@ async fn build(
     let (status_sender, status) = watch::channel(Arc::new(Status { pending, ..Status::default() }));
     let (unused_sender, unused) = mpsc::channel(16);
     let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
+    let (stale, stale_ends) = stale::Task::open(&loaded.maps, config.stale, config.socket_lb)?;
     let predecessor = predecessor::Task::open(pins, &loaded.maps)?;
     let reporter = Reporter::new(writer.triggers());
     reporter.register(&mut registry, snapshots.clone());
@@ -200,6 +201,7 @@ async fn build(
         health_checks: checks_sender,
         sources: sources.len(),
         pending: Arc::default(),
+        stale: stale_ends,
         reporter,
     };
 
@@ -235,6 +237,7 @@ async fn build(
     let health = Health::new(watched, was_programmed, config.kubernetes.is_some());
     health.register(&mut registry);
     let health = Arc::new(health);
+    stale.register(&mut registry);
     let node_ports = node_port::Task::new(checks, health.clone());
     let unserved = node_ports.refusals();
     let ids = sources.iter().map(|spec| spec.id);
@@ -275,6 +278,14 @@ async fn build(
     let its_drain = drain.clone();
     parts.spawn("sweep", async {
         sweep.run(its_drain).await;
+        Ok(())
+    });
+    if config.socket_lb != SocketLb::Off {
+        stale::probe();
+    }
+    let (its_status, its_drain) = (status.clone(), drain.clone());
+    parts.spawn("stale connections", async {
+        stale.run(its_status, its_drain).await;
         Ok(())
     });
     let its_status = status.clone();

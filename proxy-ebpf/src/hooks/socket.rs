@@ -14,7 +14,7 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use proxy_common::addr::{Addr, Be16, Proto};
-use proxy_common::lb::socket::{self, Dial, Verdict};
+use proxy_common::lb::socket::{self, Dial, Unserved, Verdict};
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -194,7 +194,7 @@ fn forget_datagrams(call: &Call, proto: Proto) {
 fn connect(call: &Call) -> i32 {
     let Some(proto) = call.proto() else { return ALLOW };
     let env = Env { ctx: () };
-    match socket::dial(&env, &call.dial(proto), true) {
+    match socket::dial(&env, &call.dial(proto)) {
         Verdict::Leave => {
             // The socket may have dialled a frontend before: a UDP socket is connected anew, a TCP connect failed.
             forget(&maps::sockets, call);
@@ -228,20 +228,28 @@ fn sendmsg(call: &Call) -> i32 {
     }
     let env = Env { ctx: () };
     let dial = call.dial(Proto::UDP);
-    let mut table = storage(&maps::sockets_udp, call, false);
-    if let Some(table) = &mut table
-        && let Some((backend, port)) = socket::recall(&env, table, &dial.addr, dial.port)
+    let table = storage(&maps::sockets_udp, call, false);
+    let frontend = match socket::find(&env, &dial, false) {
+        Ok(frontend) => frontend,
+        Err(Unserved::Leave) => {
+            if let Some(table) = table {
+                socket::disown(table, &dial.addr, dial.port);
+            }
+            return ALLOW;
+        }
+        Err(Unserved::Reject(reason)) => {
+            counter::drop(reason);
+            return call.refuse();
+        }
+    };
+    if let Some(table) = table
+        && let Some((backend, port)) = socket::recall(&env, table, &dial, frontend)
     {
         call.set(&backend, port);
         return ALLOW;
     }
-    match socket::dial(&env, &dial, false) {
-        Verdict::Leave => {
-            if let Some(table) = table {
-                socket::disown(table, &dial.addr, dial.port);
-            }
-            ALLOW
-        }
+    match socket::choose(&env, &dial, frontend) {
+        Verdict::Leave => ALLOW,
         Verdict::Translate(entry) => {
             let Some(table) = storage(&maps::sockets_udp, call, true) else { return ALLOW };
             socket::store(table, &entry);

@@ -25,7 +25,7 @@ use proxy_common::abi::config::MAX_CIDRS;
 
 use crate::datapath::device::Choice;
 use crate::datapath::kernel::Sizes;
-use crate::model::{Family, Name, NodeFacts, NodePortAddresses, PrimaryAddresses};
+use crate::model::{Family, Name, NodeFacts, NodePortAddresses, NotAPolicy, PrimaryAddresses, StalePolicy};
 use crate::source::decode::field::parse_unicast;
 use crate::source::kubernetes::access::{Access, Server};
 use file::Notes;
@@ -45,6 +45,8 @@ pub struct Config {
     pub cgroup: Option<PathBuf>,
     /// Whose sockets are translated.
     pub socket_lb: SocketLb,
+    /// What becomes of TCP connections whose endpoint is gone, where the service says nothing.
+    pub stale: StalePolicy,
     /// Which devices get programs.
     pub devices: Choice,
     /// Ports for rewritten sources.
@@ -191,6 +193,8 @@ impl Config {
     pub fn new(flags: AgentFlags) -> Result<Self, Errors> {
         let mut check = Check::default();
         let snat_ports = check.take("snat-ports", parse_ports(&flags.snat_ports), 1..=1);
+        let stale = flags.stale_connections.parse().map_err(|error: NotAPolicy| error.to_string());
+        let stale = check.take("stale-connections", stale, StalePolicy::DEFAULT);
         let facts = facts(&flags, &mut check);
         let sizes = Sizes { services: flags.max_services, backends: flags.max_backends, flows: flags.max_flows };
         check_sizes(&sizes, &mut check);
@@ -223,6 +227,7 @@ impl Config {
             facts,
             cgroup: flags.cgroup,
             socket_lb: flags.socket_lb,
+            stale,
             devices: Choice { only: flags.devices, except: flags.exclude_devices, xdp: flags.xdp },
             snat_ports,
             sizes,

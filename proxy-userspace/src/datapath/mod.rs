@@ -25,6 +25,9 @@
 //! | [`inspect`] | tables and attachments in words |
 //! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
+//! | [`stale`] | connections are ended whose endpoint is gone |
+//! | [`sock_diag`], [`namespaces`] | sockets by what the hooks keep with them, and where to look for them |
+//! | [`netlink`] | messages as bytes |
 //! | [`predecessor`], [`netfilter`] | what a kube-proxy that is replaced has open goes on without it |
 //! | [`withdraw`] | frontends go, flows stay: before a successor takes over |
 //! | [`fake`] | tables for tests |
@@ -55,7 +58,9 @@ pub mod kfunc;
 pub mod layout;
 pub mod maps;
 pub mod metrics;
+pub mod namespaces;
 pub mod netfilter;
+pub mod netlink;
 pub mod network;
 pub mod node;
 pub mod object;
@@ -66,6 +71,8 @@ pub mod progress;
 pub mod reconcile;
 pub mod reserve;
 pub mod restore;
+pub mod sock_diag;
+pub mod stale;
 pub mod sweep;
 pub mod sys;
 pub mod withdraw;

@@ -341,6 +341,20 @@ pub fn map_insert<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io
     }
 }
 
+/// Replaces one entry; false if its key is missing.
+pub fn map_replace<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<bool> {
+    const BPF_EXIST: u64 = 2;
+    let mut attr = ElementAttr {
+        map: raw(map),
+        key: &raw const *key as u64,
+        value: &raw const *value as u64,
+        flags: BPF_EXIST,
+        ..Default::default()
+    };
+    // SAFETY: as in `map_lookup`.
+    found(unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) })
+}
+
 /// Inserts or replaces one entry whose value has several parts: one for each CPU.
 pub fn map_update_slice<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> io::Result<()> {
     let mut attr =
@@ -548,15 +562,22 @@ pub fn trim_heap() {
     }
 }
 
-/// A netlink socket to netfilter of the calling thread's network namespace.
-pub struct NetfilterSocket(OwnedFd);
+/// Moves the calling thread, and no other, to a network namespace.
+pub fn enter_netns(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no pointers.
+    let result = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
 
-impl NetfilterSocket {
-    /// A fresh one.
-    pub fn open() -> io::Result<Self> {
+/// A netlink socket to the calling thread's network namespace.
+pub struct NetlinkSocket(OwnedFd);
+
+impl NetlinkSocket {
+    /// A fresh one, for a `NETLINK_` family.
+    pub fn open(family: libc::c_int) -> io::Result<Self> {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
         // SAFETY: no pointers.
-        let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_NETFILTER) };
+        let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, family) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }

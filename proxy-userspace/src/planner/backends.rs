@@ -109,6 +109,11 @@ impl Backends {
     }
 
     /// The backend of an id.
+    pub(super) fn get(&self, id: BackendId) -> Option<&Backend> {
+        self.entries.get(id.0 as usize)?.as_ref()
+    }
+
+    /// The backend of an id, to change it.
     pub(super) fn get_mut(&mut self, id: BackendId) -> Option<&mut Backend> {
         self.entries.get_mut(id.0 as usize)?.as_mut()
     }
