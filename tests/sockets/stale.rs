@@ -211,7 +211,12 @@ fn assert_closed_after(change: Change) {
             change(&rig);
             wait_closed(&mut tcp, SOCKETS, &TCP_ERRORS);
             udp.wait_for("closed sockets", |stats| {
-                stats.failed.iter().filter(|(kind, _)| UDP_ERRORS.contains(&kind.as_str())).map(|(_, count)| count).sum::<u64>()
+                stats
+                    .failed
+                    .iter()
+                    .filter(|(kind, _)| UDP_ERRORS.contains(&kind.as_str()))
+                    .map(|(_, count)| count)
+                    .sum::<u64>()
                     >= u64::from(SOCKETS)
             });
         }
@@ -231,7 +236,8 @@ fn sockets_of_a_service_that_gets_another_address_are_closed() {
 #[test]
 fn sockets_of_a_service_that_gets_other_ports_are_closed() {
     assert_closed_after(|rig| {
-        let moved = shunt_tests::manifests::service("web").cluster_ips(web_ip()).tcp(81, TCP_TARGET).udp(54, UDP_TARGET);
+        let moved =
+            shunt_tests::manifests::service("web").cluster_ips(web_ip()).tcp(81, TCP_TARGET).udp(54, UDP_TARGET);
         rig.apply(&moved.endpoints([rig.pod(1)]));
     });
 }

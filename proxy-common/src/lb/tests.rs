@@ -712,7 +712,8 @@ fn a_connection_whose_endpoint_is_gone_is_reset_with_the_clients_next_segment() 
             // Enough clients that local and remote backends are among those they get.
             for sport in 5000..5008 {
                 let dialled = tuple("203.0.113.5", sport, dst, dport, Proto::TCP);
-                let (connection, other) = (open(&world, dialled), open(&world, Tuple { sport: Port(sport + 1000).be(), ..dialled }));
+                let (connection, other) =
+                    (open(&world, dialled), open(&world, Tuple { sport: Port(sport + 1000).be(), ..dialled }));
                 let before = established(&world);
                 world.mark_stale(&dialled.front_key());
                 reply(&world, &connection, tcp::ACK, 600);

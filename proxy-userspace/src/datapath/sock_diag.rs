@@ -65,7 +65,12 @@ impl Diag {
 
     /// Connected sockets of a protocol with an entry in the socket storage `map`, whose peer is that entry's backend; with
     /// `backends`, at least those whose peer is one of these.
-    pub fn sockets(&self, proto: Proto, backends: Option<&[BackendAddr]>, map: BorrowedFd<'_>) -> io::Result<Vec<Found>> {
+    pub fn sockets(
+        &self,
+        proto: Proto,
+        backends: Option<&[BackendAddr]>,
+        map: BorrowedFd<'_>,
+    ) -> io::Result<Vec<Found>> {
         let mut found = Vec::new();
         for family in [libc::AF_INET, libc::AF_INET6] {
             let request = list_request(family as u8, proto, backends, map.as_raw_fd());

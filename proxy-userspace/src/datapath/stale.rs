@@ -325,8 +325,7 @@ enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 6] =
-        [Self::Unsupported, Self::Namespaces, Self::Enter, Self::List, Self::Close, Self::Flows];
+    const ALL: [Self; 6] = [Self::Unsupported, Self::Namespaces, Self::Enter, Self::List, Self::Close, Self::Flows];
 
     const fn name(self) -> &'static str {
         match self {
@@ -411,7 +410,9 @@ impl Look {
             && let Some((keys, values)) = walk.next(table)?
         {
             for (key, value) in keys.iter().zip(values) {
-                let Some(link) = link_of(key, value).filter(|link| self.scopes.flows.has(&link.backend)) else { continue };
+                let Some(link) = link_of(key, value).filter(|link| self.scopes.flows.has(&link.backend)) else {
+                    continue;
+                };
                 if !self.doomed.contains(&link) {
                     outcome.links.flows.insert(link);
                 } else if table.replace(key, &FlowValue { flags: value.flags | FlowValue::STALE, ..*value })? {
@@ -482,8 +483,7 @@ impl Look {
 /// The connection that an entry of the flows is of, if it is a client's to a frontend by TCP whose end it does not know yet.
 fn link_of(key: &FlowKey, value: &FlowValue) -> Option<Link> {
     let proto = Proto(key.proto);
-    let is_one =
-        key.kind == FlowKey::FRONT && proto == Proto::TCP && !value.has(FlowValue::DIRECT | FlowValue::STALE);
+    let is_one = key.kind == FlowKey::FRONT && proto == Proto::TCP && !value.has(FlowValue::DIRECT | FlowValue::STALE);
     is_one.then(|| Link {
         frontend: FrontendAddr { addr: key.b, port: key.b_port.host(), proto },
         backend: BackendAddr { addr: value.peer, port: value.peer_port.host(), proto },

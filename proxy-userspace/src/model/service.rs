@@ -291,7 +291,8 @@ mod tests {
 
     #[test]
     fn what_is_no_policy_is_refused_with_what_is() {
-        for text in ["", "Keep", "reset-after", "reset-after=", "reset-after=30", "reset-after=-1s", "reset-after=25h"] {
+        for text in ["", "Keep", "reset-after", "reset-after=", "reset-after=30", "reset-after=-1s", "reset-after=25h"]
+        {
             let error = text.parse::<StalePolicy>().expect_err(text).to_string();
             assert!(error.contains("reset-after= with a time such as 30s"), "{error}");
         }

@@ -76,8 +76,7 @@ impl State {
     /// What a port loses that becomes another, or nothing.
     pub(super) fn lost(&self, name: &PortName, old: &ServicePort, new: Option<&ServicePort>) -> Option<Lost> {
         let kept = |at: &FrontendAddr| new.is_some_and(|new| new.frontends.iter().any(|frontend| frontend.at == *at));
-        let frontends: Vec<_> =
-            old.frontends.iter().map(|frontend| frontend.at).filter(|at| !kept(at)).collect();
+        let frontends: Vec<_> = old.frontends.iter().map(|frontend| frontend.at).filter(|at| !kept(at)).collect();
         let listed: BTreeSet<u32> = new.iter().flat_map(|new| &new.backends).map(|listed| listed.id().0).collect();
         let is_lost = |listed_before: &&Listed| !frontends.is_empty() || !listed.contains(&listed_before.id().0);
         let lost = old.backends.iter().filter(is_lost);
