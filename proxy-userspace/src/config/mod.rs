@@ -388,10 +388,12 @@ mod tests {
     #[test]
     fn all_errors_are_told_at_once() {
         let wrong = "--cluster-cidr 10.0.0.1/8 --snat-ports 9-1 --max-flows 0 --nodeport-addresses all,10.0.0.0/8 \
-                     --healthz-bind-address localhost:1 --metrics-bind-address 127.0.0.1:0 --log-level =;";
+                     --healthz-bind-address localhost:1 --metrics-bind-address 127.0.0.1:0 --log-level =; \
+                     --stale-connections never";
         let flags = config(wrong).unwrap_err();
         let expected = [
             "snat-ports",
+            "stale-connections",
             "cluster-cidr",
             "nodeport-addresses",
             "max-flows",
@@ -424,6 +426,14 @@ mod tests {
         assert_eq!(config("--manifests m --socket-lb off").unwrap_err(), ["socket-lb"]);
         assert_eq!(config("--manifests m --host-clients off").unwrap_err(), ["host-clients"]);
         assert!(config("--manifests m --socket-lb off --host-clients off").is_ok());
+    }
+
+    #[test]
+    fn stale_connections_are_reset_after_a_while_unless_it_is_said_otherwise() {
+        assert_eq!(config("--manifests m").unwrap().stale, StalePolicy::DEFAULT);
+        let policy = |text: &str| config(&format!("--manifests m --stale-connections {text}")).unwrap().stale;
+        assert_eq!(policy("keep"), StalePolicy::Keep);
+        assert_eq!(policy("reset-after=5m"), StalePolicy::ResetAfter(std::time::Duration::from_secs(300)));
     }
 
     #[test]

@@ -27,6 +27,7 @@
 //! | [`sweep`] | expired flows are removed |
 //! | [`stale`] | connections are ended whose endpoint is gone |
 //! | [`sock_diag`], [`namespaces`] | sockets by what the hooks keep with them, and where to look for them |
+//! | [`socket_owner`] | the same of sockets that the kernel does not list it of |
 //! | [`netlink`] | messages as bytes |
 //! | [`predecessor`], [`netfilter`] | what a kube-proxy that is replaced has open goes on without it |
 //! | [`withdraw`] | frontends go, flows stay: before a successor takes over |
@@ -72,6 +73,7 @@ pub mod reconcile;
 pub mod reserve;
 pub mod restore;
 pub mod sock_diag;
+pub mod socket_owner;
 pub mod stale;
 pub mod sweep;
 pub mod sys;

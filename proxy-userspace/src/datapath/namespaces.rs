@@ -44,12 +44,17 @@ pub fn list(proc: &Path) -> io::Result<Vec<Namespace>> {
 }
 
 /// That of the calling thread.
-pub fn own(proc: &Path) -> io::Result<Namespace> {
+fn own(proc: &Path) -> io::Result<Namespace> {
     let path = proc.join("thread-self/ns/net");
     Ok(Namespace { inode: fs::metadata(&path)?.ino(), paths: vec![path] })
 }
 
 impl Namespace {
+    /// The directories of /proc of its processes.
+    pub fn processes(&self) -> impl Iterator<Item = &Path> {
+        self.paths.iter().filter_map(|path| path.parent()?.parent())
+    }
+
     /// Moves the calling thread there. False if no process is in it any more.
     pub fn enter(&self) -> io::Result<bool> {
         for path in &self.paths {

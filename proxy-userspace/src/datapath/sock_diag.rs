@@ -2,16 +2,20 @@
 //!
 //! A list names each socket by its cookie, which no other ever has, and the order to close one is obeyed only if cookie and
 //! both ends are still the same (net/ipv4/inet_diag.c, `inet_diag_find_one_icsk`; net/ipv4/udp_diag.c, `udp_diag_destroy`).
-//! A socket's storage is listed by the map that it is of (net/core/bpf_sk_storage.c, `bpf_sk_storage_diag_put`, Linux 5.6).
+//! A TCP socket's storage is listed by the map that it is of (net/core/bpf_sk_storage.c, `bpf_sk_storage_diag_put`, Linux 5.6);
+//! that of others is not, and read by their owners' descriptors ([`socket_owner`]).
 //! May touch: sockets of the namespace of the thread that opens a [`Diag`].
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::path::Path;
 
 use proxy_common::abi::socket::SocketEntry;
 use proxy_common::addr::{Addr, Be16, Proto};
 
 use super::netlink::{self, Message, NLM_F_ACK, NLM_F_DUMP, attribute, attributes};
+use super::socket_owner;
 use super::sys::NetlinkSocket;
 use crate::planner::{BackendAddr, FrontendAddr, Link};
 
@@ -63,20 +67,34 @@ impl Diag {
         NetlinkSocket::open(libc::NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// Connected sockets of a protocol with an entry in the socket storage `map`, whose peer is that entry's backend; with
-    /// `backends`, at least those whose peer is one of these.
-    pub fn sockets(
+    /// Connected sockets of a protocol with an entry in the socket storage `map`, whose peer is that entry's backend, and is one
+    /// of `backends` if these are given. `processes`: directories of /proc, of those that may hold such sockets. With the last
+    /// refusal to look at a process's sockets.
+    pub fn sockets<'a>(
         &self,
         proto: Proto,
         backends: Option<&[BackendAddr]>,
         map: BorrowedFd<'_>,
-    ) -> io::Result<Vec<Found>> {
-        let mut found = Vec::new();
+        processes: impl IntoIterator<Item = &'a Path>,
+    ) -> io::Result<(Vec<Found>, Option<io::Error>)> {
+        let mut listed = Vec::new();
         for family in [libc::AF_INET, libc::AF_INET6] {
             let request = list_request(family as u8, proto, backends, map.as_raw_fd());
-            netlink::dump(&self.0, &request, |_, body| found.extend(parse_socket(body, proto)))?;
+            netlink::dump(&self.0, &request, |_, body| listed.extend(parse_socket(body)))?;
         }
-        Ok(found)
+        if let Some(backends) = backends {
+            let peers: BTreeSet<_> = backends.iter().map(|backend| (backend.addr, backend.port.be())).collect();
+            listed.retain(|socket| peers.contains(&socket.peer()));
+        }
+        let (entries, refused) = if proto == Proto::TCP || listed.is_empty() {
+            Default::default()
+        } else {
+            let wanted = listed.iter().map(|socket| (socket.inode, socket.cookie())).collect();
+            socket_owner::entries(processes, &wanted, map)
+        };
+        let entry = |socket: &Listed| socket.entry.or_else(|| entries.get(&socket.cookie()).copied());
+        let found = listed.iter().filter_map(|socket| socket.found(&entry(socket)?, proto)).collect();
+        Ok((found, refused))
     }
 
     /// Closes a socket: its owner gets ECONNABORTED, a TCP peer a reset. False if it is not there any more, or has another
@@ -160,32 +178,60 @@ fn host_condition(backend: &BackendAddr) -> Vec<u8> {
     condition
 }
 
-/// A socket of a list, if it has an entry and is connected to that entry's backend.
-fn parse_socket(body: &[u8], proto: Proto) -> Option<Found> {
-    let family = *body.first()?;
-    let id: [u8; ID] = body.get(ID_AT..ID_AT + ID)?.try_into().ok()?;
-    let entry = attributes(attribute(body.get(BODY..)?, SK_BPF_STORAGES)?)
-        .filter(|(kind, _)| *kind == STORAGE)
-        .find_map(|(_, storage)| parse_entry(attribute(storage, STORAGE_MAP_VALUE)?))?;
-    let frontend = FrontendAddr { addr: entry.frontend, port: entry.frontend_port.host(), proto };
-    let backend = BackendAddr { addr: entry.backend, port: entry.backend_port.host(), proto };
-    let is_there = peer(family, &id) == (entry.backend, entry.backend_port);
-    is_there.then_some(Found { link: Link { frontend, backend }, family, id })
+/// A socket of a list.
+#[derive(Clone, Debug)]
+struct Listed {
+    family: u8,
+    id: [u8; ID],
+    inode: u32,
+    /// What is kept with it, where the kernel says so.
+    entry: Option<SocketEntry>,
 }
 
-/// The other end of a socket: source port, destination port, source address, destination address, four words each.
-fn peer(family: u8, id: &[u8; ID]) -> (Addr, Be16) {
-    let word = |at: usize| u32::from_ne_bytes([id[at], id[at + 1], id[at + 2], id[at + 3]]);
-    let addr = match i32::from(family) == libc::AF_INET {
-        true => Addr::from_v4_word(word(20)),
-        false => Addr([word(20), word(24), word(28), word(32)]),
-    };
-    (addr, Be16(u16::from_ne_bytes([id[2], id[3]])))
+impl Listed {
+    fn word(&self, at: usize) -> u32 {
+        word_at(&self.id, at).expect("ids are longer")
+    }
+
+    /// The other end: source port, destination port, source address, destination address, four words each.
+    fn peer(&self) -> (Addr, Be16) {
+        let addr = match i32::from(self.family) == libc::AF_INET {
+            true => Addr::from_v4_word(self.word(20)),
+            false => Addr([self.word(20), self.word(24), self.word(28), self.word(32)]),
+        };
+        (addr, Be16(u16::from_ne_bytes([self.id[2], self.id[3]])))
+    }
+
+    /// SO_COOKIE: the last two words, the lower half first.
+    fn cookie(&self) -> u64 {
+        u64::from(self.word(44)) << 32 | u64::from(self.word(40))
+    }
+
+    /// The socket by its entry, if it is connected to that entry's backend.
+    fn found(&self, entry: &SocketEntry, proto: Proto) -> Option<Found> {
+        let frontend = FrontendAddr { addr: entry.frontend, port: entry.frontend_port.host(), proto };
+        let backend = BackendAddr { addr: entry.backend, port: entry.backend_port.host(), proto };
+        let is_there = self.peer() == (entry.backend, entry.backend_port);
+        is_there.then_some(Found { link: Link { frontend, backend }, family: self.family, id: self.id })
+    }
+}
+
+fn word_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn parse_socket(body: &[u8]) -> Option<Listed> {
+    let id: [u8; ID] = body.get(ID_AT..ID_AT + ID)?.try_into().ok()?;
+    let storages = attribute(body.get(BODY..)?, SK_BPF_STORAGES).unwrap_or_default();
+    let entry = attributes(storages)
+        .filter(|(kind, _)| *kind == STORAGE)
+        .find_map(|(_, storage)| parse_entry(attribute(storage, STORAGE_MAP_VALUE)?));
+    Some(Listed { family: *body.first()?, id, inode: word_at(body, BODY - 4)?, entry })
 }
 
 /// The bytes of a [`SocketEntry`], field by field.
 fn parse_entry(bytes: &[u8]) -> Option<SocketEntry> {
-    let word = |at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    let word = |at: usize| word_at(bytes, at);
     let half = |at: usize| Some(Be16(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?)));
     let addr = |at: usize| Some(Addr([word(at)?, word(at + 4)?, word(at + 8)?, word(at + 12)?]));
     (bytes.len() == size_of::<SocketEntry>()).then_some(())?;
@@ -279,7 +325,8 @@ mod tests {
         body.extend(peer);
         body.resize(ID_AT + 36, 0);
         body.extend([9; 12]);
-        body.resize(BODY, 0);
+        body.resize(BODY - 4, 0);
+        body.extend(0x0506_0708u32.to_ne_bytes());
         let mut message = Message::new(SOCK_DIAG_BY_FAMILY, 0, 1, &body);
         message.attribute(8, &[0]);
         if let Some(entry) = entry {
@@ -296,7 +343,18 @@ mod tests {
     fn parse(bytes: &[u8]) -> Option<Found> {
         let (kind, body) = netlink::messages(bytes).next()?;
         assert_eq!(kind, SOCK_DIAG_BY_FAMILY);
-        parse_socket(body, Proto::TCP)
+        let listed = parse_socket(body)?;
+        listed.found(&listed.entry?, Proto::TCP)
+    }
+
+    #[test]
+    fn a_socket_without_a_listed_entry_is_known_by_inode_and_cookie() {
+        let bytes = listed(libc::AF_INET, &V4.octets(), None);
+        let (_, body) = netlink::messages(&bytes).next().expect("it is whole");
+        let socket = parse_socket(body).expect("it is whole");
+        assert_eq!((socket.inode, socket.cookie()), (0x0506_0708, 0x0909_0909_0909_0909));
+        assert_eq!(socket.peer(), (V4.into(), Port(8080).be()));
+        assert_eq!(socket.found(&entry(), Proto::UDP).expect("it is connected there").link.backend.proto, Proto::UDP);
     }
 
     #[test]
@@ -323,7 +381,8 @@ mod tests {
         let whole = listed(libc::AF_INET, &V4.octets(), Some(&entry()));
         let (_, body) = netlink::messages(&whole).next().expect("it is whole");
         for length in 0..body.len() {
-            assert_eq!(parse_socket(&body[..length], Proto::TCP), None, "{length}");
+            let socket = parse_socket(&body[..length]);
+            assert!(socket.is_none_or(|socket| socket.entry.is_none() && length >= BODY), "{length}");
         }
     }
 

@@ -12,6 +12,7 @@
 //! was found. A socket is closed by its cookie and its ends, after a second look at both: what was connected anew, what dialled
 //! the endpoint itself, and what dialled it by another frontend is not touched.
 //!
+//! UDP sockets are known by a descriptor that their owner is asked for ([`socket_owner`](super::socket_owner)).
 //! Namespaces are entered by a thread made for one look, which is thrown away: no other part of the agent ever leaves its own.
 //! After a start everything is looked at once, when all sources have listed.
 //! May touch: the socket storage's descriptor; what [`sock_diag`](super::sock_diag) and [`namespaces`] offer; entries of
@@ -318,6 +319,8 @@ enum Reason {
     Enter,
     /// Its sockets cannot be listed.
     List,
+    /// The sockets of a process may not be looked at.
+    Owner,
     /// A socket may not be closed.
     Close,
     /// The table of flows cannot be read or written.
@@ -325,7 +328,8 @@ enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 6] = [Self::Unsupported, Self::Namespaces, Self::Enter, Self::List, Self::Close, Self::Flows];
+    const ALL: [Self; 7] =
+        [Self::Unsupported, Self::Namespaces, Self::Enter, Self::List, Self::Owner, Self::Close, Self::Flows];
 
     const fn name(self) -> &'static str {
         match self {
@@ -333,6 +337,7 @@ impl Reason {
             Self::Namespaces => "namespaces",
             Self::Enter => "enter",
             Self::List => "list",
+            Self::Owner => "owner",
             Self::Close => "close",
             Self::Flows => "flows",
         }
@@ -344,6 +349,7 @@ impl Reason {
             Self::Namespaces => "/proc does not show the processes of this node",
             Self::Enter => "network namespaces of pods cannot be entered, which takes CAP_SYS_ADMIN",
             Self::List => "sockets cannot be listed, which takes CONFIG_INET_TCP_DIAG and CONFIG_INET_UDP_DIAG",
+            Self::Owner => "UDP sockets of some processes cannot be looked at, which takes CAP_SYS_PTRACE",
             Self::Close => "sockets cannot be closed, which takes CAP_NET_ADMIN",
             Self::Flows => "the table of flows cannot be read or written",
         }
@@ -392,11 +398,12 @@ impl Look {
     }
 
     fn namespaces(&self) -> io::Result<Vec<Namespace>> {
-        let proc = Path::new("/proc");
-        match self.reach.in_all_namespaces {
-            true => namespaces::list(proc),
-            false => namespaces::own(proc).map(|own| vec![own]),
+        let mut listed = namespaces::list(Path::new("/proc"))?;
+        if !self.reach.in_all_namespaces {
+            // The agent's own is the first.
+            listed.truncate(1);
         }
+        Ok(listed)
     }
 
     fn has_to_stop(&self) -> bool {
@@ -433,7 +440,7 @@ impl Look {
                 thread::sleep(PAUSE);
             }
             match namespace.enter() {
-                Ok(true) => self.visit(storage, outcome),
+                Ok(true) => self.visit(namespace, storage, outcome),
                 Ok(false) => {}
                 Err(error) => outcome.fail(Reason::Enter, &error),
             }
@@ -441,7 +448,7 @@ impl Look {
     }
 
     /// The namespace that the thread is in.
-    fn visit(&self, storage: &OwnedFd, outcome: &mut Outcome) {
+    fn visit(&self, namespace: &Namespace, storage: &OwnedFd, outcome: &mut Outcome) {
         outcome.namespaces += 1;
         let diag = match Diag::open() {
             Ok(diag) => diag,
@@ -452,8 +459,11 @@ impl Look {
             if backends.as_ref().is_some_and(Vec::is_empty) {
                 continue;
             }
-            match diag.sockets(proto, backends.as_deref(), storage.as_fd()) {
-                Ok(sockets) => self.meet(&diag, sockets, outcome),
+            match diag.sockets(proto, backends.as_deref(), storage.as_fd(), namespace.processes()) {
+                Ok((sockets, refused)) => {
+                    refused.iter().for_each(|error| outcome.fail(Reason::Owner, error));
+                    self.meet(&diag, sockets, outcome);
+                }
                 Err(error) => outcome.fail(Reason::List, &error),
             }
         }

@@ -496,13 +496,7 @@ pub fn netns_cookie() -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     // Any socket belongs to a namespace; a UNIX one needs no address family to be up.
     let socket = OwnedFd::from(std::os::unix::net::UnixDatagram::unbound()?);
-    let mut cookie = 0u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: `cookie` and `length` are live and agree in size.
-    let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &mut length)
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    socket_number(socket.as_fd(), SO_NETNS_COOKIE)
 }
 
 /// True if `path` lies on a BPF file system.
@@ -567,6 +561,43 @@ pub fn enter_netns(namespace: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: no pointers.
     let result = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A handle of a process.
+pub fn open_process(id: u32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, id, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// A duplicate of another process's descriptor.
+pub fn take_descriptor(process: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// SO_COOKIE of a socket.
+pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    socket_number(socket, libc::SO_COOKIE)
+}
+
+fn socket_number(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
+    let mut number = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: `number` and `length` are live and agree in size.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut number).cast(), &mut length)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(number) }
 }
 
 /// A netlink socket to the calling thread's network namespace.
