@@ -81,7 +81,6 @@ pub fn drop(ifindex: u32, tuple: &Tuple, reason: DropReason) {
 pub struct Backend {
     pub addr: Addr,
     pub port: Be16,
-    pub service: u32,
 }
 
 /// A process dialled a frontend: `to` its backend, or nowhere, for a `reason`.
@@ -95,7 +94,6 @@ pub fn socket(kind: EventKind, dial: &Dial, to: Option<&Backend>, reason: u32) {
         if let Some(to) = to {
             record.backend = to.addr;
             record.backend_port = to.port;
-            record.service = to.service;
         }
         record.reason = reason;
         record.kind = kind as u8;

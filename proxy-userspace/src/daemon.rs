@@ -35,7 +35,9 @@ use crate::datapath::object::OBJECT;
 use crate::datapath::pins::{LOADED_NOTE, Pins};
 use crate::datapath::progress::Reporter;
 use crate::datapath::reconcile::{self, Reconciler, Status};
-use crate::datapath::{conntrack, fullness, node, other_proxies, overlap, predecessor, reserve, restore, sweep, sys};
+use crate::datapath::{
+    conntrack, fullness, node, other_proxies, overlap, predecessor, reserve, restore, stale, sweep, sys,
+};
 use crate::drain::{self, Drain};
 use crate::health::{Health, Watched, node_port};
 use crate::model::{NodeFacts, SourceId, SourceSpec, Update, Writer};
@@ -196,6 +198,7 @@ async fn build(
     let (status_sender, status) = watch::channel(Arc::new(Status { pending, ..Status::default() }));
     let (unused_sender, unused) = mpsc::channel(16);
     let sweep = sweep::Task::open(&loaded.maps, unused_sender)?;
+    let (stale, stale_ends) = stale::Task::open(&loaded.maps, config.stale, config.socket_lb)?;
     let predecessor = predecessor::Task::open(pins, &loaded.maps)?;
     let of_page = snapshots.clone();
     let reporter = Reporter::new(writer.triggers());
@@ -217,6 +220,7 @@ async fn build(
         health_checks: checks_sender,
         sources: sources.len(),
         pending: Arc::default(),
+        stale: stale_ends,
         reporter,
         teller: Teller { repairs: table_repairs, notices: Notices::default() },
     };
@@ -258,6 +262,7 @@ async fn build(
     let health = Health::new(watched, was_programmed, config.kubernetes.is_some());
     health.register(&mut registry);
     let health = Arc::new(health);
+    stale.register(&mut registry);
     let node_ports = node_port::Task::new(checks, health.clone());
     let unserved = node_ports.refusals();
     let overlap = overlap::Task::new(told_ports);
@@ -349,6 +354,14 @@ async fn build(
     let its_drain = drain.clone();
     parts.spawn("fullness", async {
         fullness.run(its_drain).await;
+        Ok(())
+    });
+    if config.socket_lb != SocketLb::Off {
+        stale::probe();
+    }
+    let (its_status, its_drain) = (status.clone(), drain.clone());
+    parts.spawn("stale connections", async {
+        stale.run(its_status, its_drain).await;
         Ok(())
     });
     let its_status = status.clone();

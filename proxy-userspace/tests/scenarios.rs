@@ -11,6 +11,8 @@
 //! | `restart` | the agent dies and starts again: it knows the tables, and no source has listed |
 //! | `tables` | what the tables hold after the steps before |
 //! | `plan` | what the last step did |
+//! | `lost` | what the last step may have left connections behind of |
+//! | `connections` | what is to become of connections, a line each: `FRONTEND BACKEND` as in `10.96.0.10:80/TCP 10.244.1.2:8080/TCP`, and the outcome |
 //! | `health-checks` | what load balancers are told of services: where, by port, and the count of local endpoints |
 //! | `problems` | what sources and services cannot get, after the steps before |
 //! | `packets` | run elsewhere, on the tables that the steps before lead to |
@@ -20,16 +22,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{env, fs};
 
+use proxy_common::addr::{Addr, Port, Proto};
 use proxy_userspace::model::content::Content;
 use proxy_userspace::model::{
     Event, Family, Interner, Kind, LocalAddress, Name, NodeFacts, NodePortAddresses, ObjectKey, ObjectProblem,
     SourceId, SourceSpec, Update,
 };
-use proxy_userspace::planner::{Limits, Op, Plan, SnatPorts, State, Tables};
+use proxy_userspace::planner::{BackendAddr, FrontendAddr, Limits, Link, Op, Plan, SnatPorts, State, Tables};
 use proxy_userspace::source::decode::document::Item;
 use proxy_userspace::source::decode::field::{parse_cidr, parse_ip};
 use proxy_userspace::source::decode::{Decoded, Meaning};
@@ -92,6 +96,9 @@ impl Scenario {
     }
 }
 
+/// Sections that say what comes out.
+const EXPECTING: [&str; 6] = ["tables", "plan", "lost", "connections", "health-checks", "problems"];
+
 /// What the `node` section says.
 struct Setup {
     facts: NodeFacts,
@@ -144,6 +151,14 @@ fn setup(section: &Section) -> Setup {
 fn local_address(text: &str) -> LocalAddress {
     let (addr, device) = text.split_once(' ').unwrap_or((text, "eth0"));
     LocalAddress { addr: parse_ip(addr).unwrap().into(), device: Name::from(device) }
+}
+
+/// `10.96.0.10:80/TCP` in its parts.
+fn transport(text: &str) -> (Addr, Port, Proto) {
+    let (socket, proto) = text.split_once('/').unwrap();
+    let socket: SocketAddr = socket.parse().unwrap();
+    let proto = [Proto::TCP, Proto::UDP].into_iter().find(|known| known.to_string() == proto).unwrap();
+    (socket.ip().into(), Port(socket.port()), proto)
 }
 
 /// An agent without a kernel.
@@ -271,11 +286,25 @@ impl World {
         match section.name() {
             "tables" => Some(self.tables.to_string()),
             "plan" => Some(self.plan.to_string()),
+            "lost" => Some(self.plan.lost.iter().map(|lost| format!("{lost}\n")).collect()),
+            "connections" => Some(section.lines().map(|line| self.connection(line)).collect()),
             "health-checks" => Some(self.health_checks()),
             "problems" => Some(self.all_problems()),
             "packets" => None,
             other => panic!("no section is called {other}"),
         }
+    }
+
+    /// A line of `connections` with its outcome.
+    fn connection(&self, line: &str) -> String {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [(addr, port, proto), (backend, target, _)] = [words[0], words[1]].map(transport);
+        let link = Link {
+            frontend: FrontendAddr { addr, port, proto },
+            backend: BackendAddr { addr: backend, port: target, proto },
+        };
+        let standing = self.state.as_ref().expect("put back after each step").standing(&link);
+        format!("{:<24} {:<24} {standing}\n", words[0], words[1])
     }
 
     fn health_checks(&self) -> String {
@@ -372,7 +401,7 @@ fn scenarios_are_named_by_their_claim_and_expect_something() {
         let path = entry.unwrap().path();
         let scenario = Scenario::parse(&fs::read_to_string(&path).unwrap());
         assert!(scenario.claim.starts_with("# "), "{} does not begin with its claim", path.display());
-        let expects = |section: &Section| ["tables", "plan", "health-checks", "problems"].contains(&section.name());
+        let expects = |section: &Section| EXPECTING.contains(&section.name());
         assert!(scenario.sections.iter().any(expects), "{} expects nothing", path.display());
     }
 }

@@ -16,6 +16,7 @@
 //! | [`node_port`] | NodePorts, loopback, bound ports: what is left alone |
 //! | [`policy`] | affinity and traffic policy |
 //! | [`change`] | endpoints come and go under load; bad manifests |
+//! | [`stale`] | sockets whose endpoint is gone are closed, and no others |
 //!
 //! [`rig`] builds what the tests share.
 
@@ -26,3 +27,4 @@ mod policy;
 mod reach;
 mod refuse;
 mod rig;
+mod stale;

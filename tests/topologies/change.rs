@@ -11,6 +11,7 @@ use crate::rig::{Frontend, Offer, PORT, Proto, Rig, TARGET};
 use crate::talk::{Tcp, Udp};
 
 const WEB: Offer = Offer::new(1, "web");
+const OTHER: Offer = Offer::new(2, "other");
 
 /// A socket that goes on sending reaches the new backend with the first datagram after the change, though it had answers
 /// from the old one a moment ago. The TCP connection beside it stays where it is.
@@ -38,9 +39,15 @@ fn datagrams_move_and_connections_stay(rig: &Rig, client: &Place, frontend: Fron
     }
 }
 
+/// Connections stay for as long as both ends want.
+#[track_caller]
+fn build(plan: Plan) -> Rig {
+    Rig::build_with(plan, |agent| agent.with("--stale-connections", "keep"))
+}
+
 #[test]
 fn a_removed_endpoint_loses_datagrams_at_once_and_keeps_connections() {
-    let rig = Rig::build(Plan { nodes: 2, ..Plan::default().strict() });
+    let rig = build(Plan { nodes: 2, ..Plan::default().strict() });
     rig.cluster.route_vips(rig.node(0));
     datagrams_move_and_connections_stay(&rig, &rig.node(0).pods[1].place, Frontend::ClusterIp);
     datagrams_move_and_connections_stay(&rig, &rig.cluster.client.place, Frontend::NodePort);
@@ -49,7 +56,7 @@ fn a_removed_endpoint_loses_datagrams_at_once_and_keeps_connections() {
 
 #[test]
 fn a_removed_endpoint_loses_datagrams_at_once_over_flannel() {
-    let rig = Rig::build(Plan::flannel(2));
+    let rig = build(Plan::flannel(2));
     rig.cluster.route_vips(rig.node(0));
     datagrams_move_and_connections_stay(&rig, &rig.node(0).pods[1].place, Frontend::ClusterIp);
     datagrams_move_and_connections_stay(&rig, &rig.cluster.client.place, Frontend::NodePort);
@@ -58,8 +65,7 @@ fn a_removed_endpoint_loses_datagrams_at_once_over_flannel() {
 /// The endpoint is there all the while, for another service.
 #[test]
 fn an_endpoint_that_its_service_dropped_loses_datagrams_at_once_while_another_service_has_it() {
-    const OTHER: Offer = Offer::new(2, "other");
-    let rig = Rig::build(Plan { nodes: 2, ..Plan::default().strict() });
+    let rig = build(Plan { nodes: 2, ..Plan::default().strict() });
     rig.cluster.route_vips(rig.node(0));
     rig.apply(&[&OTHER.service().endpoints([&rig.node(0).pods[0], &rig.node(1).pods[0]])]);
     datagrams_move_and_connections_stay(&rig, &rig.node(0).pods[1].place.unhooked(), Frontend::ClusterIp);
@@ -70,7 +76,7 @@ fn an_endpoint_that_its_service_dropped_loses_datagrams_at_once_while_another_se
 /// The addresses of a service go, and what goes through them stays.
 #[test]
 fn a_deleted_service_keeps_its_connections_and_takes_no_more() {
-    let rig = Rig::build(Plan { nodes: 2, ..Plan::default().strict() });
+    let rig = build(Plan { nodes: 2, ..Plan::default().strict() });
     rig.cluster.route_vips(rig.node(0));
     let clients = [
         (rig.node(0).pods[1].place.unhooked(), Frontend::ClusterIp),
@@ -97,6 +103,49 @@ fn a_deleted_service_keeps_its_connections_and_takes_no_more() {
             assert_eq!(rig.cluster.client.place.tcp(to).expect_err("it is gone").reason, "ECONNREFUSED");
             let to = WEB.at(Frontend::ClusterIp, rig.node(0), family);
             assert_dropped(&rig, &rig.node(0).pods[1].place.unhooked(), to, "unallocated_service_address");
+        }
+    }
+}
+
+/// Clients that only packets tell of, and connections to the same endpoint by another service beside theirs.
+#[test]
+fn connections_by_packets_are_reset_when_their_endpoint_is_gone_and_others_go_on() {
+    let rig = Rig::build_with(Plan { nodes: 2, ..Plan::default().strict() }, |agent| {
+        agent.with("--stale-connections", "reset")
+    });
+    rig.cluster.route_vips(rig.node(0));
+    let clients = [
+        (rig.node(0).pods[1].place.unhooked(), Frontend::ClusterIp),
+        (rig.cluster.client.place.clone(), Frontend::NodePort),
+        (rig.cluster.client.place.clone(), Frontend::External),
+    ];
+    let all = || clients.iter().flat_map(|client| Family::ALL.map(|family| (client, family)));
+    let pods = [&rig.node(0).pods[0], &rig.node(1).pods[0]];
+    for (endpoint, other) in [(pods[0], pods[1]), (pods[1], pods[0])] {
+        for is_deleted in [false, true] {
+            rig.apply(&[&WEB.to(endpoint), &OTHER.to(endpoint)]);
+            let dial = |offer: &Offer| -> Vec<Tcp> {
+                let one = |((place, frontend), family): (&(Place, Frontend), Family)| {
+                    let to = offer.at(*frontend, rig.node(0), family);
+                    let mut held = place.run(|| Tcp::dial(0, to)).expect("it is served");
+                    held.ask().expect("it is answered");
+                    held
+                };
+                all().map(one).collect()
+            };
+            let (mut held, mut kept) = (dial(&WEB), dial(&OTHER));
+            match is_deleted {
+                true => rig.manifests.delete("web"),
+                false => rig.apply(&[&WEB.to(other)]),
+            }
+            for (held, ((_, frontend), family)) in held.iter_mut().zip(all()) {
+                let case = format!("{frontend:?} {family:?}, deleted: {is_deleted}");
+                let error = wait::until_some(&case, || held.ask().err());
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{case}");
+            }
+            for held in &mut kept {
+                assert_eq!(held.ask().expect("it lives on").server, endpoint.place.name());
+            }
         }
     }
 }

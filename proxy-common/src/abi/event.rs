@@ -55,7 +55,7 @@ abi! {
         pub proto: u8,
         /// [`EventKind`] number.
         pub kind: u8,
-        /// Service id, or 0 if the program does not know it.
+        /// Service id; 0 of sockets and of what is refused, where the program does not know it.
         pub service: u32,
         /// [`crate::verdict::DropReason`] number, of drops and refusals.
         pub reason: u32,

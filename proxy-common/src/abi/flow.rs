@@ -86,6 +86,9 @@ impl FlowValue {
     pub const WANTS_MAC: u32 = 1 << 4;
     /// The client's own port towards the backend was known to be another connection's when the flow was opened.
     pub const ALIAS: u32 = 1 << 5;
+    /// front, TCP: the endpoint is gone, and the client is to be told with its next segment. Set by the agent, which puts a
+    /// changed copy into the place of the entry.
+    pub const STALE: u32 = 1 << 6;
     /// In the tables of a dry run: the entry has been removed.
     pub const GONE: u32 = 1 << 31;
 

@@ -14,8 +14,9 @@ abi! {
         pub frontend_port: Be16,
         /// Port of `backend`.
         pub backend_port: Be16,
-        /// Service id; 0: no entry.
-        pub service: u32,
+        /// The fingerprint of the service's sets when the backend was last known to be in them, with its lowest bit set; 0: no
+        /// entry.
+        pub stamp: u32,
         /// Backend id.
         pub backend_id: u32,
     }
@@ -27,7 +28,7 @@ pub const SOCKET_ENTRIES: usize = 8;
 abi! {
     /// Translations of an unconnected UDP socket.
     pub struct SocketTable [356] {
-        /// Used entries have a service.
+        /// Used entries have a stamp.
         pub entries: [SocketEntry; SOCKET_ENTRIES],
         /// Position of the entry that is replaced next.
         pub next: u32,

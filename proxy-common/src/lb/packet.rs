@@ -173,7 +173,8 @@ pub fn ingress_known<F: Lookups>(flows: &F, packet: &Parsed, rewrite: &mut Rewri
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
         return Glance::Pass;
     }
-    if wants_mac || !is_tcp && !direct && !may_go_on(flows, front, rewrite) {
+    let is_stale = is_tcp && front.fixed(|value| value.has(FlowValue::STALE));
+    if is_stale || wants_mac || !is_tcp && !direct && !may_go_on(flows, front, rewrite) {
         return Glance::Unknown;
     }
     Glance::Rewrite
@@ -376,6 +377,7 @@ fn transport<F: Flows>(flows: &F, packet: &Parsed, class: AddressClass, ports: P
         Known::Clash => Step::Open { clash: true },
         Known::Other => Step::Done(PASS),
         Known::Stray => Step::Done(Verdict::Refuse(DropReason::NoConnection, Refusal::Drop)),
+        Known::Stale => Step::Done(Verdict::Refuse(DropReason::NoConnection, Refusal::Reject)),
         Known::Held => Step::Done(Verdict::Refuse(HELD.0, HELD.1)),
     }
 }
@@ -491,6 +493,8 @@ enum Known {
     Other,
     /// What the client says to an answer that was another connection's.
     Stray,
+    /// What the client says to an endpoint that is gone; the flow has been removed.
+    Stale,
     /// It would end the flow, which must stay for now.
     Held,
 }
@@ -508,10 +512,12 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
     if direct && front.fixed(|value| value.ifindex) != flows.ifindex() {
         return if opens { Known::Nothing } else { Known::Other };
     }
-    let gone = (opens || !is_tcp)
-        && !direct
-        && (!is_same_backend(flows, front.fixed(|value| value.backend), &rewrite)
-            || !is_tcp && !is_in_set(flows, &packet.tuple, front));
+    let stale = is_tcp && front.fixed(|value| value.has(FlowValue::STALE));
+    let gone = stale
+        || (opens || !is_tcp)
+            && !direct
+            && (!is_same_backend(flows, front.fixed(|value| value.backend), &rewrite)
+                || !is_tcp && !is_in_set(flows, &packet.tuple, front));
     if opens || closes || !established || gone {
         let Some(plain) = plain_entry(flows, packet, &rewrite) else {
             if is_settling(flows) {
@@ -533,7 +539,11 @@ fn known<F: Flows>(flows: &F, packet: &Parsed) -> Known {
                 return Known::Held;
             }
             remove_flow(flows, &packet.tuple, &rewrite, plain);
-            return if clash { Known::Clash } else { Known::Nothing };
+            return match (clash, stale && !opens) {
+                (true, _) => Known::Clash,
+                (false, true) => Known::Stale,
+                (false, false) => Known::Nothing,
+            };
         }
         let after = hot.after(flows.now(), packet.tcp_flags, true);
         if after != hot {

@@ -42,29 +42,49 @@ pub enum Verdict {
     Reject(DropReason),
 }
 
-/// Decides on a connect, or on a datagram without a connection (whose socket is not left to the packet path when bound:
-/// every such socket is).
+/// Decides on a connect.
 #[inline(always)]
-pub fn dial<T: Tables>(tables: &T, dial: &Dial, connects: bool) -> Verdict {
-    let Some(config) = tables.config() else { return Verdict::Leave };
+pub fn dial<T: Tables>(tables: &T, dial: &Dial) -> Verdict {
+    match find(tables, dial, true) {
+        Ok(frontend) => choose(tables, dial, frontend),
+        Err(Unserved::Leave) => Verdict::Leave,
+        Err(Unserved::Reject(reason)) => Verdict::Reject(reason),
+    }
+}
+
+/// Why a dialled address is not for the socket path.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unserved {
+    /// As [`Verdict::Leave`].
+    Leave,
+    /// As [`Verdict::Reject`].
+    Reject(DropReason),
+}
+
+/// The frontend that is dialled: by a connect, or by a datagram without a connection (whose socket is not left to the packet
+/// path when bound: every such socket is).
+#[inline(always)]
+pub fn find<T: Tables>(tables: &T, dial: &Dial, connects: bool) -> Result<FrontendValue, Unserved> {
+    let Some(config) = tables.config() else { return Err(Unserved::Leave) };
     let of_node = dial.netns == config.node_netns;
     if config.has(Config::SOCKETS_OFF) || config.has(Config::SOCKETS_HOST_ONLY) && !of_node {
-        return Verdict::Leave;
+        return Err(Unserved::Leave);
     }
     let mut class = tables.address(&dial.addr);
     if of_node && dial.addr.is_loopback() {
         class.flags |= AddressClass::NODE | AddressClass::NODE_PORT;
     }
     if !class.has(AddressClass::FRONTEND | AddressClass::NODE_PORT) {
-        return Verdict::Leave;
+        return Err(Unserved::Leave);
     }
     let ports = tables.port_use(dial.port.host());
     let Some(found) = pick::find_frontend(tables, class, ports, &dial.addr, dial.port, dial.proto) else {
-        return if class.has(AddressClass::CLUSTER_IP) {
-            Verdict::Reject(DropReason::UnknownPort)
+        return Err(if class.has(AddressClass::CLUSTER_IP) {
+            Unserved::Reject(DropReason::UnknownPort)
         } else {
-            Verdict::Leave
-        };
+            Unserved::Leave
+        });
     };
     // Two services with one backend would make two connections with the same ends (EADDRNOTAVAIL); the packet path can
     // tell them apart. It alone rewrites sources. The node's own packets do not pass it.
@@ -75,16 +95,27 @@ pub fn dial<T: Tables>(tables: &T, dial: &Dial, connects: bool) -> Verdict {
             connects && dial.bound || found.value.has(FrontendValue::PACKETS_ONLY) || masqueraded
         }
     };
-    if left_to_packets {
-        return Verdict::Leave;
-    }
-    let service = found.value.service;
+    if left_to_packets { Err(Unserved::Leave) } else { Ok(found.value) }
+}
+
+/// True if the process gets what clients inside get.
+#[inline(always)]
+fn is_inside(config: &Config, dial: &Dial) -> bool {
+    dial.netns == config.node_netns || config.cluster_cidr_count != 0
+}
+
+/// The backend that a frontend gives the socket.
+#[inline(always)]
+pub fn choose<T: Tables>(tables: &T, dial: &Dial, frontend: FrontendValue) -> Verdict {
+    let Some(config) = tables.config() else { return Verdict::Leave };
+    let service = frontend.service;
     let client = Client {
-        inside: of_node || config.cluster_cidr_count != 0,
+        inside: is_inside(config, dial),
         affinity: pick::affinity_of_netns(dial.netns, service),
         hash: select::hash_socket(config.hash_key, dial.socket, service),
     };
-    match pick::pick(tables, found.value, &client, dial.now) {
+    let stamp = stamp(tables, service);
+    match pick::pick(tables, frontend, &client, dial.now) {
         Ok(pick) => {
             if pick.affine {
                 pick::remember(tables, &client.affinity, pick.id, dial.now);
@@ -95,7 +126,7 @@ pub fn dial<T: Tables>(tables: &T, dial: &Dial, connects: bool) -> Verdict {
                 backend: pick.backend.addr,
                 frontend_port: dial.port,
                 backend_port: pick.backend.port,
-                service,
+                stamp,
                 backend_id: pick.id,
             })
         }
@@ -112,18 +143,47 @@ pub fn dial<T: Tables>(tables: &T, dial: &Dial, connects: bool) -> Verdict {
 // A backend may stand behind several frontends of one socket. Its datagrams are then shown as the answers of the one that
 // was sent to last: of several entries with one backend, that one is kept in front.
 
-/// Where the socket's datagrams to a frontend go, while that backend is still there. Its answers are this frontend's now.
+/// Where the socket's datagrams to a frontend go, while that is still one of the frontend's backends. Its answers are this
+/// frontend's now.
 #[inline(always)]
-pub fn recall<T: Tables>(tables: &T, table: &mut SocketTable, addr: &Addr, port: Be16) -> Option<(Addr, Be16)> {
+pub fn recall<T: Tables>(
+    tables: &T,
+    table: &mut SocketTable,
+    dial: &Dial,
+    frontend: FrontendValue,
+) -> Option<(Addr, Be16)> {
+    let position = position_of(table, &dial.addr, dial.port)? & (SOCKET_ENTRIES - 1);
+    let entry = &mut table.entries[position];
+    let backend = tables.backend(entry.backend_id)?;
+    if !backend.is_live() || backend.addr != entry.backend || backend.port != entry.backend_port {
+        return None;
+    }
+    // Other services may have it too. Looked for only when the sets of this one have changed.
+    let stamp = stamp(tables, frontend.service);
+    if entry.stamp != stamp {
+        let set = pick::set_for(tables, frontend, is_inside(tables.config()?, dial)).ok()?;
+        if !tables.range_contains(set, entry.backend_id) {
+            return None;
+        }
+        entry.stamp = stamp;
+    }
+    bring_forward(table, position);
+    Some((backend.addr, backend.port))
+}
+
+/// What tells one membership of a service's sets from another. Read before the sets: if they change meanwhile, they are
+/// looked at again. Never zero.
+#[inline(always)]
+fn stamp<T: Tables>(tables: &T, service: u32) -> u32 {
+    tables.fingerprint(service) | 1
+}
+
+#[inline(always)]
+fn position_of(table: &SocketTable, addr: &Addr, port: Be16) -> Option<usize> {
     for position in 0..SOCKET_ENTRIES {
         let entry = &table.entries[position];
-        if entry.service != 0 && entry.frontend_port == port && entry.frontend == *addr {
-            let backend = tables.backend(entry.backend_id)?;
-            if !backend.is_live() || backend.addr != entry.backend || backend.port != entry.backend_port {
-                return None;
-            }
-            bring_forward(table, position);
-            return Some((backend.addr, backend.port));
+        if entry.stamp != 0 && entry.frontend_port == port && entry.frontend == *addr {
+            return Some(position);
         }
     }
     None
@@ -132,7 +192,7 @@ pub fn recall<T: Tables>(tables: &T, table: &mut SocketTable, addr: &Addr, port:
 /// True if datagrams of the socket to a frontend went to some backend before.
 #[inline(always)]
 pub fn is_known(table: &SocketTable, addr: &Addr, port: Be16) -> bool {
-    table.entries.iter().any(|entry| entry.service != 0 && entry.frontend_port == port && entry.frontend == *addr)
+    position_of(table, addr, port).is_some()
 }
 
 /// The entry whose answer a datagram is that came from this address.
@@ -144,12 +204,10 @@ pub fn entry_from<'a>(table: &'a SocketTable, addr: &Addr, port: Be16) -> Option
 /// Stores an entry: in place of the one of the same frontend, else of the oldest.
 #[inline(always)]
 pub fn store(table: &mut SocketTable, new: &SocketEntry) {
-    for position in 0..SOCKET_ENTRIES {
-        let entry = &mut table.entries[position];
-        if entry.service != 0 && entry.frontend_port == new.frontend_port && entry.frontend == new.frontend {
-            *entry = *new;
-            return bring_forward(table, position);
-        }
+    if let Some(position) = position_of(table, &new.frontend, new.frontend_port) {
+        let position = position & (SOCKET_ENTRIES - 1);
+        table.entries[position] = *new;
+        return bring_forward(table, position);
     }
     let position = table.next as usize & (SOCKET_ENTRIES - 1);
     table.entries[position] = *new;
@@ -162,14 +220,14 @@ pub fn store(table: &mut SocketTable, new: &SocketEntry) {
 pub fn disown(table: &mut SocketTable, addr: &Addr, port: Be16) {
     for entry in &mut table.entries {
         if is_from(entry, addr, port) {
-            entry.service = 0;
+            entry.stamp = 0;
         }
     }
 }
 
 #[inline(always)]
 fn is_from(entry: &SocketEntry, addr: &Addr, port: Be16) -> bool {
-    entry.service != 0 && entry.backend_port == port && entry.backend == *addr
+    entry.stamp != 0 && entry.backend_port == port && entry.backend == *addr
 }
 
 /// The entry at `position` changes places with the first one of its backend.
@@ -218,7 +276,7 @@ mod tests {
             let id = (1..).find(|&id| self.record(id).addr == addr(BACKENDS[backend])).expect("it was added");
             let (backend, backend_port) = (self.record(id).addr, self.record(id).port);
             let (frontend, frontend_port) = (addr(frontend), PORT);
-            let entry = SocketEntry { frontend, backend, frontend_port, backend_port, service: 1, backend_id: id };
+            let entry = SocketEntry { frontend, backend, frontend_port, backend_port, stamp: 1, backend_id: id };
             store(&mut self.table, &entry);
         }
 
@@ -227,7 +285,11 @@ mod tests {
         }
 
         fn recalls(&mut self, frontend: &str) -> Option<Addr> {
-            recall(&self.world, &mut self.table, &addr(frontend), PORT).map(|(addr, _)| addr)
+            let (addr, netns) = (addr(frontend), self.world.config.node_netns);
+            let now = self.world.now.get();
+            let dial = Dial { addr, port: PORT, proto: Proto::UDP, socket: 1, netns, bound: false, now };
+            let frontend = FrontendValue { service: 1, flags: 0 };
+            recall(&self.world, &mut self.table, &dial, frontend).map(|(addr, _)| addr)
         }
 
         /// Whose answer comes from a backend.
@@ -250,6 +312,28 @@ mod tests {
         }
         assert_eq!(socket.recalls("10.96.0.1"), None);
         assert_eq!(socket.recalls("10.96.0.2"), Some(addr(BACKENDS[1])));
+    }
+
+    #[test]
+    fn a_backend_that_its_service_has_dropped_is_not_recalled_although_another_has_it() {
+        let mut socket = Socket::new();
+        socket.world.add_service(&[(BACKENDS[0], 5353, true), (BACKENDS[1], 5353, false)], Proto::UDP);
+        socket.world.fingerprints.insert(1, 11);
+        socket.sends("10.96.0.1", 0);
+        socket.sends("10.96.0.2", 1);
+        assert_eq!(socket.recalls("10.96.0.1"), Some(addr(BACKENDS[0])));
+        // The service has the second alone from now on.
+        let second = crate::abi::service::Range { base: 1, count: 1 };
+        assert_eq!(socket.record(socket.world.slots[1].backend).addr, addr(BACKENDS[1]));
+        socket.world.sets.insert((1, false), second);
+        assert_eq!(socket.recalls("10.96.0.1"), Some(addr(BACKENDS[0])), "its sets are said to be the same");
+        socket.world.fingerprints.insert(1, 13);
+        assert_eq!(socket.recalls("10.96.0.1"), None);
+        assert_eq!(socket.recalls("10.96.0.2"), Some(addr(BACKENDS[1])));
+        socket.world.sets.insert((1, false), crate::abi::service::Range::REJECT);
+        assert_eq!(socket.recalls("10.96.0.2"), Some(addr(BACKENDS[1])), "looked up once a change");
+        socket.world.fingerprints.insert(1, 15);
+        assert_eq!(socket.recalls("10.96.0.2"), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::world::{World, addr, tuple};
 use crate::abi::address::AddressClass;
 use crate::abi::flow::FlowKey;
 use crate::abi::frontend::FrontendValue;
+use crate::abi::service::Range;
 use crate::addr::{Addr, Port, Proto};
 use crate::lb::flow::{Hot, Seconds, is_expired};
 use crate::tables::{Neighbour, Tracked};
@@ -704,6 +705,64 @@ fn a_process_of_the_node_is_dropped_where_policy_keeps_it_from_all_endpoints() {
 }
 
 #[test]
+fn a_connection_whose_endpoint_is_gone_is_reset_with_the_clients_next_segment() {
+    for (dst, dport) in [("10.96.0.10", 80), ("192.0.2.1", 30080), ("198.51.100.9", 80)] {
+        for flags in [tcp::ACK, tcp::FIN | tcp::ACK] {
+            let world = with_service(Proto::TCP);
+            // Enough clients that local and remote backends are among those they get.
+            for sport in 5000..5008 {
+                let dialled = tuple("203.0.113.5", sport, dst, dport, Proto::TCP);
+                let (connection, other) =
+                    (open(&world, dialled), open(&world, Tuple { sport: Port(sport + 1000).be(), ..dialled }));
+                let before = established(&world);
+                world.mark_stale(&dialled.front_key());
+                reply(&world, &connection, tcp::ACK, 600);
+                let segment = || packet(&dialled, flags, 101, 601, b"question");
+                assert_eq!(enters(&world, segment()), Err((DropReason::NoConnection, Refusal::Reject)));
+                assert!(established(&world) < before, "its entries are gone");
+                send(&world, &other, tcp::ACK, 601);
+                open(&world, dialled);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_client_of_an_endpoint_that_is_gone_may_dial_again_by_the_same_port() {
+    let world = with_service(Proto::TCP);
+    let dialled = tuple("203.0.113.5", 5000, "10.96.0.10", 80, Proto::TCP);
+    open(&world, dialled);
+    world.mark_stale(&dialled.front_key());
+    dial(&world, dialled).expect("a service");
+    assert_eq!(established(&world), 0, "the old connection is gone");
+    open(&world, dialled);
+}
+
+#[test]
+fn datagrams_leave_a_backend_whose_service_has_no_endpoints_or_is_gone() {
+    for is_deleted in [false, true] {
+        let mut world = World::new();
+        let service = world.add_service(&[("10.244.1.5", 53, true)], Proto::UDP);
+        world.add_frontend(service, "10.96.0.10", 53, Proto::UDP, CLUSTER_IP);
+        world.fingerprints.insert(service, 1);
+        let connection = open(&world, tuple("10.244.1.50", 4000, "10.96.0.10", 53, Proto::UDP));
+        // The backend itself is there: another service has it.
+        world.fingerprints.insert(service, 3);
+        world.sets.insert((service, false), Range::REJECT);
+        if is_deleted {
+            world.frontends.clear();
+            world.addresses.borrow_mut().insert(connection.dialled.dst, AddressClass { flags: AddressClass::FLOWS });
+        }
+        let expected = match is_deleted {
+            false => (DropReason::NoEndpoint, Refusal::Reject),
+            true => (DropReason::UnallocatedServiceAddress, Refusal::Drop),
+        };
+        assert_eq!(dial(&world, connection.dialled).err(), Some(expected), "deleted: {is_deleted}");
+        assert_eq!(established(&world), 0);
+    }
+}
+
+#[test]
 fn a_gone_backend_is_left_by_datagrams_at_once_and_by_connections_at_their_next_syn() {
     for proto in [Proto::TCP, Proto::UDP] {
         let mut world = World::new();
@@ -1215,8 +1274,8 @@ fn a_cluster_ip_masquerades_everybody_where_that_is_wanted_and_nothing_else_does
             now: world.now.get(),
         };
         use crate::lb::socket::{Verdict, dial};
-        assert_eq!(dial(&world, &dialled(2, "10.96.0.10"), true), Verdict::Leave);
-        assert!(matches!(dial(&world, &dialled(1, "10.96.0.10"), true), Verdict::Translate(_)));
-        assert!(matches!(dial(&world, &dialled(2, "198.51.100.9"), true), Verdict::Translate(_)));
+        assert_eq!(dial(&world, &dialled(2, "10.96.0.10")), Verdict::Leave);
+        assert!(matches!(dial(&world, &dialled(1, "10.96.0.10")), Verdict::Translate(_)));
+        assert!(matches!(dial(&world, &dialled(2, "198.51.100.9")), Verdict::Translate(_)));
     }
 }

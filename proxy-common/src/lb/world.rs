@@ -179,6 +179,15 @@ impl World {
         }
     }
 
+    /// Says that the endpoint of an established flow is gone, as the agent does.
+    pub fn mark_stale(&self, front: &FlowKey) {
+        let mut established = self.established.borrow_mut();
+        let entry = established.get_mut(front).expect("it was opened");
+        let mut changed = reference(*entry).with(|value| *value);
+        changed.flags |= FlowValue::STALE;
+        *entry = leak(&changed);
+    }
+
     /// How often a drop was counted by the tables (not by a verdict).
     pub fn drops(&self, reason: DropReason) -> u32 {
         self.drops.borrow().get(&reason).copied().unwrap_or_default()

@@ -17,7 +17,7 @@ use aya_ebpf::programs::SockAddrContext;
 use proxy_common::abi::event::EventKind;
 use proxy_common::abi::socket::SocketEntry;
 use proxy_common::addr::{Addr, Be16, Proto};
-use proxy_common::lb::socket::{self, Dial, Verdict};
+use proxy_common::lb::socket::{self, Dial, Unserved, Verdict};
 use proxy_common::verdict::DropReason;
 
 const ALLOW: i32 = 1;
@@ -189,7 +189,7 @@ fn forget<T>(map: &SkStorage<T>, call: &Call) {
 /// A process was sent to a backend.
 #[inline(always)]
 fn tell(kind: EventKind, dial: &Dial, entry: &SocketEntry) {
-    let to = events::Backend { addr: entry.backend, port: entry.backend_port, service: entry.service };
+    let to = events::Backend { addr: entry.backend, port: entry.backend_port };
     events::socket(kind, dial, Some(&to), 0);
 }
 
@@ -214,7 +214,7 @@ fn connect(call: &Call) -> i32 {
     let Some(proto) = call.proto() else { return ALLOW };
     let env = Env { ctx: () };
     let dial = call.dial(proto);
-    match socket::dial(&env, &dial, true) {
+    match socket::dial(&env, &dial) {
         Verdict::Leave => {
             // The socket may have dialled a frontend before: a UDP socket is connected anew, a TCP connect failed.
             forget(&maps::sockets, call);
@@ -246,20 +246,25 @@ fn sendmsg(call: &Call) -> i32 {
     }
     let env = Env { ctx: () };
     let dial = call.dial(Proto::UDP);
-    let mut table = storage(&maps::sockets_udp, call, false);
-    if let Some(table) = &mut table
-        && let Some((backend, port)) = socket::recall(&env, table, &dial.addr, dial.port)
+    let table = storage(&maps::sockets_udp, call, false);
+    let frontend = match socket::find(&env, &dial, false) {
+        Ok(frontend) => frontend,
+        Err(Unserved::Leave) => {
+            if let Some(table) = table {
+                socket::disown(table, &dial.addr, dial.port);
+            }
+            return ALLOW;
+        }
+        Err(Unserved::Reject(reason)) => return refuse(call, &dial, reason),
+    };
+    if let Some(table) = table
+        && let Some((backend, port)) = socket::recall(&env, table, &dial, frontend)
     {
         call.set(&backend, port);
         return ALLOW;
     }
-    match socket::dial(&env, &dial, false) {
-        Verdict::Leave => {
-            if let Some(table) = table {
-                socket::disown(table, &dial.addr, dial.port);
-            }
-            ALLOW
-        }
+    match socket::choose(&env, &dial, frontend) {
+        Verdict::Leave => ALLOW,
         Verdict::Translate(entry) => {
             let Some(table) = storage(&maps::sockets_udp, call, true) else { return ALLOW };
             let kind =

@@ -28,7 +28,7 @@ use proxy_common::abi::config::MAX_CIDRS;
 use crate::datapath::conntrack;
 use crate::datapath::device::Choice;
 use crate::datapath::kernel::Sizes;
-use crate::model::{Family, Name, NodeFacts, NodePortAddresses, PrimaryAddresses};
+use crate::model::{Family, Name, NodeFacts, NodePortAddresses, NotAPolicy, PrimaryAddresses, StalePolicy};
 use crate::source::decode::field::parse_unicast;
 use crate::source::kubernetes::access::{Access, Server};
 use file::Notes;
@@ -50,6 +50,8 @@ pub struct Config {
     pub socket_lb: SocketLb,
     /// Backends see clients of a ClusterIP as this node.
     pub masquerade_all: bool,
+    /// What becomes of TCP connections whose endpoint is gone, where the service says nothing.
+    pub stale: StalePolicy,
     /// Which devices get programs.
     pub devices: Choice,
     /// What the kernel's connection tracking is set to.
@@ -200,6 +202,8 @@ impl Config {
     pub fn new(flags: AgentFlags) -> Result<Self, Errors> {
         let mut check = Check::default();
         let snat_ports = check.take("snat-ports", parse_ports(&flags.snat_ports), 1..=1);
+        let stale = flags.stale_connections.parse().map_err(|error: NotAPolicy| error.to_string());
+        let stale = check.take("stale-connections", stale, StalePolicy::DEFAULT);
         let facts = facts(&flags, &mut check);
         let sizes = Sizes { services: flags.max_services, backends: flags.max_backends, flows: flags.max_flows };
         check_sizes(&sizes, &mut check);
@@ -236,6 +240,7 @@ impl Config {
             cgroup: flags.cgroup,
             socket_lb: flags.socket_lb,
             masquerade_all: flags.masquerade_all,
+            stale,
             devices: Choice { only: flags.devices, except: flags.exclude_devices, xdp: flags.xdp },
             conntrack,
             snat_ports,
@@ -420,10 +425,12 @@ mod tests {
     #[test]
     fn all_errors_are_told_at_once() {
         let wrong = "--cluster-cidr 10.0.0.1/8 --snat-ports 9-1 --max-flows 0 --nodeport-addresses all,10.0.0.0/8 \
-                     --healthz-bind-address localhost:1 --metrics-bind-address 127.0.0.1:0 --log-level =;";
+                     --healthz-bind-address localhost:1 --metrics-bind-address 127.0.0.1:0 --log-level =; \
+                     --stale-connections never";
         let flags = config(wrong).unwrap_err();
         let expected = [
             "snat-ports",
+            "stale-connections",
             "cluster-cidr",
             "nodeport-addresses",
             "max-flows",
@@ -456,6 +463,14 @@ mod tests {
         assert_eq!(config("--manifests m --socket-lb off").unwrap_err(), ["socket-lb"]);
         assert_eq!(config("--manifests m --host-clients off").unwrap_err(), ["host-clients"]);
         assert!(config("--manifests m --socket-lb off --host-clients off").is_ok());
+    }
+
+    #[test]
+    fn stale_connections_are_reset_after_a_while_unless_it_is_said_otherwise() {
+        assert_eq!(config("--manifests m").unwrap().stale, StalePolicy::DEFAULT);
+        let policy = |text: &str| config(&format!("--manifests m --stale-connections {text}")).unwrap().stale;
+        assert_eq!(policy("keep"), StalePolicy::Keep);
+        assert_eq!(policy("reset-after=5m"), StalePolicy::ResetAfter(std::time::Duration::from_secs(300)));
     }
 
     #[test]

@@ -162,6 +162,23 @@ pub struct AgentFlags {
     #[arg(long, value_name = "A-B", default_value = "10000-29999", help_heading = "Datapath")]
     pub snat_ports: String,
 
+    /// What becomes of TCP connections whose endpoint is gone: keep, reset, or reset-after=TIME
+    ///
+    /// An endpoint is gone when no source lists it any more, or when the address and port that the client dialled are no longer
+    /// the service's (it was deleted, or has another ClusterIP or port). One that is listed as terminating or as not ready is
+    /// not gone: its connections drain. With `reset-after=30s` a connection is reset when its endpoint has been gone for 30
+    /// seconds, with `reset` at once, with `keep` never: then it lives for as long as both ends do, or hangs until the kernel
+    /// gives up. The client's next call on the socket fails with ECONNABORTED. A service says for itself what it wants by the
+    /// annotation `shunt/stale-connections`, with the same words.
+    ///
+    /// UDP does not wait: datagrams go to another endpoint at once. A UDP socket that was connected to the service is closed
+    /// within two seconds: receiving and polling fail once with ECONNABORTED, sending fails with EDESTADDRREQ until the socket is
+    /// connected anew.
+    ///
+    /// Only sockets that dialled the service itself are touched, in all network namespaces that a process of /proc is in.
+    #[arg(long, value_name = "POLICY", default_value = "reset-after=30s", help_heading = "Datapath")]
+    pub stale_connections: String,
+
     /// Service ports that fit: one for each port, protocol and family of a service
     #[arg(long, value_name = "N", default_value_t = 16_384, help_heading = "Datapath")]
     pub max_services: u32,

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proxy_common::addr::Proto;
 
-use super::netfilter::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, answer, messages};
+use super::netlink::{self, Message, NLM_F_DUMP};
 use super::sys::NetlinkSocket;
 
 /// A socket that waits for clients.
@@ -38,32 +38,17 @@ pub fn listeners() -> io::Result<Vec<Listener>> {
 }
 
 fn list(family: u8, proto: Proto, states: u32, found: &mut Vec<Listener>) -> io::Result<()> {
-    let socket = NetlinkSocket::sock_diag()?;
-    socket.send(&request(family, proto, states))?;
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let length = socket.receive(&mut buffer)?;
-        for (kind, body) in messages(&buffer[..length]) {
-            match kind {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => answer(body)?,
-                _ => found.extend(parse(body).map(|at| Listener { at, proto })),
-            }
-        }
-    }
+    let socket = NetlinkSocket::open(libc::NETLINK_SOCK_DIAG)?;
+    netlink::dump(&socket, &request(family, proto, states), |_, body| {
+        found.extend(parse(body).map(|at| Listener { at, proto }));
+    })
 }
 
 fn request(family: u8, proto: Proto, states: u32) -> Vec<u8> {
-    let mut bytes = vec![0; 4];
-    bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    bytes.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-    bytes.extend([0; 8]);
-    bytes.extend([family, proto.0, 0, 0]);
-    bytes.extend(states.to_ne_bytes());
-    bytes.extend([0; ADDRESS_BYTES]);
-    let length = bytes.len() as u32;
-    bytes[..4].copy_from_slice(&length.to_ne_bytes());
-    bytes
+    let mut header = vec![family, proto.0, 0, 0];
+    header.extend(states.to_ne_bytes());
+    header.extend([0; ADDRESS_BYTES]);
+    Message::new(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, 0, &header).finish()
 }
 
 /// Where a socket is bound, by its `struct inet_diag_msg`; none if it has a peer.

@@ -198,6 +198,11 @@ impl<K: Pod, V: Pod> Table<K, V> {
         sys::map_insert(self.fd.as_fd(), key, value).map_err(|source| self.refused(source))
     }
 
+    /// Replaces an entry; false if there is none with its key.
+    pub(super) fn replace(&self, key: &K, value: &V) -> Result<bool, Error> {
+        sys::map_replace(self.fd.as_fd(), key, value).map_err(|source| self.refused(source))
+    }
+
     pub(super) fn remove(&self, key: &K) -> Result<bool, Error> {
         sys::map_delete(self.fd.as_fd(), key).map_err(|source| self.refused(source))
     }

@@ -35,6 +35,10 @@
 //! | [`fullness`] | tables that are nearly full |
 //! | [`metrics`] | tables, counters and attachments as metrics |
 //! | [`sweep`] | expired flows are removed |
+//! | [`stale`] | connections are ended whose endpoint is gone |
+//! | [`sock_diag`], [`namespaces`] | sockets by what the hooks keep with them, and where to look for them |
+//! | [`socket_owner`] | the same of sockets that the kernel does not list it of |
+//! | [`netlink`] | messages as bytes |
 //! | [`predecessor`], [`netfilter`] | what a kube-proxy that is replaced has open goes on without it |
 //! | [`withdraw`] | frontends go, flows stay: before a successor takes over |
 //! | [`fake`] | tables for tests |
@@ -73,7 +77,9 @@ pub mod listener;
 pub mod maps;
 pub mod metrics;
 pub mod monitor;
+pub mod namespaces;
 pub mod netfilter;
+pub mod netlink;
 pub mod network;
 pub mod node;
 pub mod object;
@@ -87,6 +93,9 @@ pub mod reserve;
 pub mod restore;
 pub mod route;
 pub mod survey;
+pub mod sock_diag;
+pub mod socket_owner;
+pub mod stale;
 pub mod sweep;
 pub mod sys;
 pub mod withdraw;

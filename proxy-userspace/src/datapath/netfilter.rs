@@ -13,21 +13,13 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proxy_common::addr::{Addr, Port, Proto};
 
+use super::netlink::{
+    self, Message, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLMSG_ERROR, answer, attributes, messages,
+};
 use super::sys::NetlinkSocket;
 
 /// Name of the table.
 pub const TABLE: &str = "shunt-keeps-translating";
-
-// linux/netlink.h
-pub(super) const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-pub(super) const NLM_F_DUMP: u16 = 0x300;
-const NLM_F_EXCL: u16 = 0x200;
-const NLM_F_CREATE: u16 = 0x400;
-pub(super) const NLMSG_ERROR: u16 = 2;
-pub(super) const NLMSG_DONE: u16 = 3;
-const NLA_F_NESTED: u16 = 1 << 15;
-const NLA_TYPE_MASK: u16 = 0x3fff;
 
 // linux/netfilter/nfnetlink.h
 const BATCH_BEGIN: u16 = 0x10;
@@ -144,11 +136,11 @@ pub fn keep_translating() -> io::Result<()> {
         message.text(RULE_CHAIN, CHAIN);
         // As nft writes it: ct direction original.
         message.nested(RULE_EXPRESSIONS, |list| {
-            list.expression("ct", |data| {
+            expression(list, "ct", |data| {
                 data.attribute(CT_REGISTER, &REGISTER_1.to_be_bytes());
                 data.attribute(CT_KEY, &CT_KEY_DIRECTION.to_be_bytes());
             });
-            list.expression("cmp", |data| {
+            expression(list, "cmp", |data| {
                 data.attribute(COMPARE_REGISTER, &REGISTER_1.to_be_bytes());
                 data.attribute(COMPARE_OPERATION, &COMPARE_EQUAL.to_be_bytes());
                 data.nested(COMPARE_WITH, |with| with.attribute(DATA_VALUE, &[0]));
@@ -174,7 +166,7 @@ pub fn stop_translating() -> io::Result<()> {
 
 /// True if a connection whose destination the kernel translates, and whose client dialled what `is_ours` says, is there.
 pub fn has_translated(mut is_ours: impl FnMut(Dialled) -> bool) -> io::Result<bool> {
-    let mut request = Message::new(CT_GET, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8);
+    let mut request = message(CT_GET, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8);
     // Older kernels do not heed the two and list all connections.
     request.attribute(CTA_STATUS, &IPS_DST_NAT.to_be_bytes());
     request.attribute(CTA_STATUS_MASK, &IPS_DST_NAT.to_be_bytes());
@@ -186,7 +178,7 @@ pub fn has_translated(mut is_ours: impl FnMut(Dialled) -> bool) -> io::Result<bo
 /// Table and name of every chain of nf_tables, those of iptables among them.
 pub fn chains() -> io::Result<Vec<(String, String)>> {
     let mut chains = Vec::new();
-    dump(Message::new(GET_CHAIN, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| chains.extend(parse_chain(body)))?;
+    dump(message(GET_CHAIN, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| chains.extend(parse_chain(body)))?;
     Ok(chains)
 }
 
@@ -236,11 +228,11 @@ pub struct Firewall {
 /// Reads all chains and rules of nf_tables, those of iptables among them (but for the old kind of iptables).
 pub fn firewall() -> io::Result<Firewall> {
     let mut chains = BTreeMap::new();
-    dump(Message::new(GET_CHAIN, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| chains.extend(parse_chain_use(body)))?;
+    dump(message(GET_CHAIN, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| chains.extend(parse_chain_use(body)))?;
     if chains.is_empty() {
         return Ok(Firewall::default());
     }
-    dump(Message::new(GET_RULE, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| {
+    dump(message(GET_RULE, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8), |body| {
         add_rule(&mut chains, body);
     })?;
     Ok(summarize(&chains))
@@ -396,7 +388,7 @@ pub fn port_rules() -> io::Result<Vec<PortRule>> {
     tables.dedup();
     let mut rules = Vec::new();
     for table in tables {
-        let mut request = Message::new(GET_RULE, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8);
+        let mut request = message(GET_RULE, NLM_F_DUMP, 1, libc::AF_UNSPEC as u8);
         request.text(RULE_TABLE, &table);
         dump(request, |body| rules.extend(parse_port_rule(body).filter(|rule| is_for_ports(&table, &rule.chain))))?;
     }
@@ -485,19 +477,8 @@ fn loaded(base: Option<u32>, offset: Option<u32>) -> Option<Field> {
 
 /// Calls `visit` with every element of a list.
 fn dump(request: Message, mut visit: impl FnMut(&[u8])) -> io::Result<()> {
-    let socket = NetlinkSocket::netfilter()?;
-    socket.send(&request.finish())?;
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let length = socket.receive(&mut buffer)?;
-        for (kind, body) in messages(&buffer[..length]) {
-            match kind {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => answer(body)?,
-                _ => visit(body),
-            }
-        }
-    }
+    let socket = NetlinkSocket::open(libc::NETLINK_NETFILTER)?;
+    netlink::dump(&socket, &request.finish(), |_, body| visit(body))
 }
 
 /// What was dialled, if this connection's destination is translated.
@@ -528,82 +509,19 @@ fn parse_tuple(tuple: &[u8]) -> Option<Dialled> {
 /// Bytes of `struct nfgenmsg`, which opens every message's body.
 const HEADER: usize = 4;
 
-/// Kinds and bodies of netlink messages.
-pub(super) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
-        let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
-        let body = bytes.get(16..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, body))
-    })
+/// A message in the making, with its `struct nfgenmsg`.
+fn message(kind: u16, flags: u16, sequence: u32, family: u8) -> Message {
+    // Of a batch, the subsystem that it is for; of other messages, nothing.
+    let resource = if kind == BATCH_BEGIN || kind == BATCH_END { NF_TABLES >> 8 } else { 0 };
+    let [high, low] = resource.to_be_bytes();
+    Message::new(kind, flags, sequence, &[family, 0, high, low])
 }
 
-/// Types and values of netlink attributes.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & NLA_TYPE_MASK;
-        let value = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
-/// The result that an error message carries: zero is success.
-pub(super) fn answer(body: &[u8]) -> io::Result<()> {
-    let code = body.get(..4).and_then(|code| code.try_into().ok()).map_or(0, i32::from_ne_bytes);
-    if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) }
-}
-
-/// A message in the making.
-struct Message(Vec<u8>);
-
-impl Message {
-    fn new(kind: u16, flags: u16, sequence: u32, family: u8) -> Self {
-        let mut bytes = vec![0; 4];
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-        bytes.extend(sequence.to_ne_bytes());
-        bytes.extend([0; 4]);
-        // Of a batch, the subsystem that it is for; of other messages, nothing.
-        let resource = if kind == BATCH_BEGIN || kind == BATCH_END { NF_TABLES >> 8 } else { 0 };
-        bytes.extend([family, 0]);
-        bytes.extend(resource.to_be_bytes());
-        Self(bytes)
-    }
-
-    fn attribute(&mut self, kind: u16, value: &[u8]) {
-        self.0.extend((value.len() as u16 + 4).to_ne_bytes());
-        self.0.extend(kind.to_ne_bytes());
-        self.0.extend(value);
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-    }
-
-    fn text(&mut self, kind: u16, text: &str) {
-        self.attribute(kind, &[text.as_bytes(), &[0]].concat());
-    }
-
-    fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
-        let start = self.0.len();
-        self.attribute(kind | NLA_F_NESTED, &[]);
-        fill(self);
-        let length = (self.0.len() - start) as u16;
-        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
-    }
-
-    fn expression(&mut self, name: &str, fill: impl FnOnce(&mut Self)) {
-        self.nested(LIST_ELEMENT, |element| {
-            element.text(EXPRESSION_NAME, name);
-            element.nested(EXPRESSION_DATA, fill);
-        });
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        let length = self.0.len() as u32;
-        self.0[..4].copy_from_slice(&length.to_ne_bytes());
-        self.0
-    }
+fn expression(list: &mut Message, name: &str, fill: impl FnOnce(&mut Message)) {
+    list.nested(LIST_ELEMENT, |element| {
+        element.text(EXPRESSION_NAME, name);
+        element.nested(EXPRESSION_DATA, fill);
+    });
 }
 
 /// Messages that take effect together or not at all.
@@ -614,20 +532,20 @@ struct Batch {
 
 impl Batch {
     fn new() -> Self {
-        Self { bytes: Message::new(BATCH_BEGIN, 0, 0, 0).finish(), sequence: 0 }
+        Self { bytes: message(BATCH_BEGIN, 0, 0, 0).finish(), sequence: 0 }
     }
 
     fn message(&mut self, kind: u16, flags: u16, fill: impl FnOnce(&mut Message)) {
         self.sequence += 1;
-        let mut message = Message::new(kind, flags | NLM_F_ACK, self.sequence, NFPROTO_INET);
-        fill(&mut message);
-        self.bytes.extend(message.finish());
+        let mut one = message(kind, flags | NLM_F_ACK, self.sequence, NFPROTO_INET);
+        fill(&mut one);
+        self.bytes.extend(one.finish());
     }
 
     /// Sends it and waits for what becomes of each message.
     fn send(mut self) -> io::Result<()> {
-        self.bytes.extend(Message::new(BATCH_END, 0, self.sequence + 1, 0).finish());
-        let socket = NetlinkSocket::netfilter()?;
+        self.bytes.extend(message(BATCH_END, 0, self.sequence + 1, 0).finish());
+        let socket = NetlinkSocket::open(libc::NETLINK_NETFILTER)?;
         socket.send(&self.bytes)?;
         let mut buffer = vec![0; 1 << 13];
         let mut answered = 0;
@@ -650,7 +568,7 @@ mod tests {
 
     /// A connection as the kernel lists it.
     fn connection(ip: (u16, &[u8]), status: u32) -> Vec<u8> {
-        let mut message = Message::new(CONNTRACK, 0, 1, 2);
+        let mut message = super::message(CONNTRACK, 0, 1, 2);
         message.nested(CTA_TUPLE_ORIG, |tuple| {
             tuple.nested(CTA_TUPLE_IP, |inside| inside.attribute(ip.0, ip.1));
             tuple.nested(CTA_TUPLE_PROTO, |proto| {
@@ -678,7 +596,7 @@ mod tests {
 
     #[test]
     fn a_chain_tells_its_table_and_its_name() {
-        let mut message = Message::new(NEW_CHAIN, 0, 1, NFPROTO_INET);
+        let mut message = super::message(NEW_CHAIN, 0, 1, NFPROTO_INET);
         message.text(CHAIN_TABLE, "nat");
         message.text(CHAIN_NAME, "KUBE-SERVICES");
         let bytes = message.finish();
@@ -692,22 +610,22 @@ mod tests {
     /// A rule as iptables writes it: -p tcp -d ADDR --dport 30080 -j DNAT.
     fn port_rule(target: &[u8]) -> Vec<u8> {
         let load = |message: &mut Message, base: u32, offset: u32| {
-            message.expression("payload", |data| {
+            expression(message, "payload", |data| {
                 data.attribute(PAYLOAD_BASE, &base.to_be_bytes());
                 data.attribute(PAYLOAD_OFFSET, &offset.to_be_bytes());
             });
         };
         let compare = |message: &mut Message, value: &[u8]| {
-            message.expression("cmp", |data| {
+            expression(message, "cmp", |data| {
                 data.attribute(COMPARE_OPERATION, &COMPARE_EQUAL.to_be_bytes());
                 data.nested(COMPARE_WITH, |with| with.attribute(DATA_VALUE, value));
             });
         };
-        let mut message = Message::new(NEW_RULE, 0, 1, 2);
+        let mut message = super::message(NEW_RULE, 0, 1, 2);
         message.text(RULE_TABLE, "nat");
         message.text(RULE_CHAIN, "CNI-DN-1");
         message.nested(RULE_EXPRESSIONS, |list| {
-            list.expression("meta", |data| data.attribute(META_KEY, &META_L4PROTO.to_be_bytes()));
+            expression(list, "meta", |data| data.attribute(META_KEY, &META_L4PROTO.to_be_bytes()));
             compare(list, &[6]);
             // The source is none of it.
             load(list, PAYLOAD_NETWORK, 12);
@@ -716,7 +634,7 @@ mod tests {
             compare(list, &[10, 0, 0, 7]);
             load(list, PAYLOAD_TRANSPORT, 2);
             compare(list, &30080u16.to_be_bytes());
-            list.expression("target", |data| data.attribute(TARGET_NAME, target));
+            expression(list, "target", |data| data.attribute(TARGET_NAME, target));
         });
         message.finish()
     }
@@ -737,7 +655,7 @@ mod tests {
 
     /// A rule of `ip filter`, as the kernel lists it.
     fn rule(chain: &str, fill: impl FnOnce(&mut Message)) -> Vec<u8> {
-        let mut message = Message::new(NEW_RULE, 0, 1, 2);
+        let mut message = super::message(NEW_RULE, 0, 1, 2);
         message.text(RULE_TABLE, "filter");
         message.text(RULE_CHAIN, chain);
         message.nested(RULE_EXPRESSIONS, fill);
@@ -745,7 +663,7 @@ mod tests {
     }
 
     fn decide(list: &mut Message, code: i32, chain: Option<&str>) {
-        list.expression("immediate", |data| {
+        expression(list, "immediate", |data| {
             data.nested(IMMEDIATE_DATA, |data| {
                 data.nested(DATA_VERDICT, |verdict| {
                     verdict.attribute(VERDICT_CODE, &code.to_be_bytes());
@@ -756,7 +674,7 @@ mod tests {
     }
 
     fn chain(name: &str, hook: Option<(u32, i32)>) -> Vec<u8> {
-        let mut message = Message::new(NEW_CHAIN, 0, 1, 2);
+        let mut message = super::message(NEW_CHAIN, 0, 1, 2);
         message.text(CHAIN_TABLE, "filter");
         message.text(CHAIN_NAME, name);
         if let Some((hook, policy)) = hook {
@@ -799,8 +717,8 @@ mod tests {
     fn rules_that_drop_what_is_invalid_are_known_in_both_forms() {
         let native = |mask: u32, verdict| {
             rule("A", |list| {
-                list.expression("ct", |data| data.attribute(CT_KEY, &CT_KEY_STATE.to_be_bytes()));
-                list.expression("bitwise", |data| {
+                expression(list, "ct", |data| data.attribute(CT_KEY, &CT_KEY_STATE.to_be_bytes()));
+                expression(list, "bitwise", |data| {
                     data.nested(BITWISE_MASK, |inside| inside.attribute(DATA_VALUE, &mask.to_ne_bytes()));
                 });
                 decide(list, verdict, None);
@@ -812,7 +730,7 @@ mod tests {
                 info[at..at + 2].copy_from_slice(&half.to_ne_bytes());
             }
             rule("A", |list| {
-                list.expression("match", |data| {
+                expression(list, "match", |data| {
                     data.text(MATCH_NAME, "conntrack");
                     data.attribute(MATCH_INFO, &info);
                 });

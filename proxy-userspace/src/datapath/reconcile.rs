@@ -20,11 +20,13 @@ use super::audit::{self, Found, Teller};
 use super::backlog::Backlog;
 use super::maps::{self, Maps};
 use super::progress::Reporter;
-use super::sys;
+use super::{stale, sys};
 use crate::drain::Drain;
 use crate::error::chain;
 use crate::model::{Reader, ServiceKey, Snapshot, SourceId};
-use crate::planner::{Epoch, FrontendAddr, HealthChecks, Op, Place, Plan, Problem, ServiceId, Stage, State, Subject};
+use crate::planner::{
+    Epoch, FrontendAddr, HealthChecks, Link, Lost, Op, Place, Plan, Problem, ServiceId, Stage, Standing, State, Subject,
+};
 
 /// What was done, and what could not be done.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -68,6 +70,8 @@ pub struct Reconciler<M> {
     problems: BTreeMap<ServiceKey, Vec<Problem>>,
     /// Prefixes that did not fit: kind and number.
     left_out: Vec<(&'static str, usize)>,
+    /// What plans may have left behind since it was taken.
+    lost: Vec<Lost>,
     plans: u64,
 }
 
@@ -89,6 +93,7 @@ impl<M: Maps> Reconciler<M> {
             unread: 0,
             problems: BTreeMap::new(),
             left_out: Vec::new(),
+            lost: Vec::new(),
             plans: 0,
         }
     }
@@ -134,6 +139,7 @@ impl<M: Maps> Reconciler<M> {
         self.plans += 1;
         self.apply_now(&plan);
         self.note_problems(plan.problems);
+        self.lost.extend(plan.lost);
         let ops = plan.groups.into_iter().flat_map(|group| {
             let subject = group.subject;
             group.after_grace.into_iter().map(move |op| (subject.clone(), op))
@@ -277,6 +283,11 @@ impl<M: Maps> Reconciler<M> {
         self.state.as_ref().map(State::health_checks).unwrap_or_default()
     }
 
+    /// What is to become of a connection that was found.
+    pub fn standing(&self, link: &Link) -> Standing {
+        self.state.as_ref().expect("the state is put back after each planning").standing(link)
+    }
+
     /// The tables.
     pub fn maps(&self) -> &M {
         &self.maps
@@ -315,6 +326,8 @@ pub struct Task<M> {
     pub sources: usize,
     /// Sources that had not listed in the snapshot that was planned last.
     pub pending: Arc<[SourceId]>,
+    /// To whom it tells what plans may have left behind, and who asks about it.
+    pub stale: stale::Ends,
     /// To whom it tells what it is at.
     pub reporter: Reporter,
     /// To whom it tells what somebody else has changed.
@@ -338,6 +351,7 @@ impl<M: Maps> Task<M> {
                     Err(_) => break,
                 },
                 Some(unused) = self.unused.recv() => self.prune(unused),
+                Some(question) = self.stale.questions.recv() => self.answer(question),
                 count = grace.passed() => if self.work(|reconciler| reconciler.retire(count)) { self.advance() },
                 _ = audit.tick() => place = self.audit(place),
                 () = until(retry_at) => if self.work(|reconciler| reconciler.retry(Instant::now())) { self.advance() },
@@ -381,6 +395,12 @@ impl<M: Maps> Task<M> {
         })
     }
 
+    fn answer(&self, question: stale::Question) {
+        let standings = question.links.iter().map(|link| self.reconciler.standing(link)).collect();
+        // Who asked may be gone: the agent ends.
+        let _ = question.answer.send(standings);
+    }
+
     fn prune(&mut self, unused: Vec<Addr>) {
         self.work(|reconciler| unused.into_iter().for_each(|addr| reconciler.prune_address(addr)));
     }
@@ -390,6 +410,11 @@ impl<M: Maps> Task<M> {
         self.reporter.begin();
         let result = blocking(|| work(&mut self.reconciler));
         self.reporter.end();
+        let lost = std::mem::take(&mut self.reconciler.lost);
+        if !lost.is_empty() {
+            // Nobody takes it any more if the agent ends.
+            let _ = self.stale.lost.send(lost);
+        }
         result
     }
 
@@ -518,6 +543,7 @@ mod tests {
             affinity: None,
             health_check: None,
             source_ranges: ByFamily::default(),
+            stale: None,
         }
     }
 

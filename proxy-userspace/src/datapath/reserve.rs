@@ -397,6 +397,7 @@ mod tests {
                 affinity: None,
                 health_check: None,
                 source_ranges: Default::default(),
+                stale: None,
             };
             snapshot.services.insert(key, Arc::new(service));
         }

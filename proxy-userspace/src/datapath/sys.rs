@@ -393,6 +393,20 @@ pub fn map_insert<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io
     }
 }
 
+/// Replaces one entry; false if its key is missing.
+pub fn map_replace<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<bool> {
+    const BPF_EXIST: u64 = 2;
+    let mut attr = ElementAttr {
+        map: raw(map),
+        key: &raw const *key as u64,
+        value: &raw const *value as u64,
+        flags: BPF_EXIST,
+        ..Default::default()
+    };
+    // SAFETY: as in `map_lookup`.
+    found(unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) })
+}
+
 /// Inserts or replaces one entry whose value has several parts: one for each CPU.
 pub fn map_update_slice<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &[V]) -> io::Result<()> {
     let mut attr =
@@ -534,13 +548,7 @@ pub fn netns_cookie() -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     // Any socket belongs to a namespace; a UNIX one needs no address family to be up.
     let socket = OwnedFd::from(std::os::unix::net::UnixDatagram::unbound()?);
-    let mut cookie = 0u64;
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: `cookie` and `length` are live and agree in size.
-    let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &mut length)
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    socket_number(socket.as_fd(), SO_NETNS_COOKIE)
 }
 
 /// True if `path` lies on a BPF file system.
@@ -600,24 +608,59 @@ pub fn trim_heap() {
     }
 }
 
-/// A netlink socket to a subsystem of the calling thread's network namespace.
+/// Moves the calling thread, and no other, to a network namespace.
+pub fn enter_netns(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no pointers.
+    let result = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A handle of a process.
+pub fn open_process(id: u32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, id, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// A duplicate of another process's descriptor.
+pub fn take_descriptor(process: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// SO_COOKIE of a socket.
+pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    socket_number(socket, libc::SO_COOKIE)
+}
+
+fn socket_number(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
+    let mut number = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: `number` and `length` are live and agree in size.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut number).cast(), &mut length)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(number) }
+}
+
+/// A netlink socket to the calling thread's network namespace.
 pub struct NetlinkSocket(OwnedFd);
 
 impl NetlinkSocket {
-    /// A fresh one to netfilter.
-    pub fn netfilter() -> io::Result<Self> {
-        Self::open(libc::NETLINK_NETFILTER)
-    }
-
-    /// A fresh one to the lists of sockets.
-    pub fn sock_diag() -> io::Result<Self> {
-        Self::open(libc::NETLINK_SOCK_DIAG)
-    }
-
-    fn open(subsystem: i32) -> io::Result<Self> {
+    /// A fresh one, for a `NETLINK_` family.
+    pub fn open(family: libc::c_int) -> io::Result<Self> {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
         // SAFETY: no pointers.
-        let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, subsystem) };
+        let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, family) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }

@@ -345,6 +345,7 @@ mod tests {
             affinity: std::num::NonZeroU32::new(seconds),
             health_check: None,
             source_ranges: Default::default(),
+            stale: None,
         };
         Object::Service { namespace: Name::from("default"), name: Name::from(name), service: Arc::new(service) }
     }

@@ -27,7 +27,9 @@ pub mod update;
 pub use endpoint::{Conditions, Endpoint, EndpointGroup, EndpointPort, EndpointSubset, Endpoints, GroupKind, Hints};
 pub use name::{Interner, Name};
 pub use node::{LocalAddress, Node, NodeFacts, NodePortAddresses, PrimaryAddresses, ServiceCidr};
-pub use service::{ByFamily, Family, Protocol, Service, ServiceKey, ServicePort, SourceId, TrafficPolicy};
+pub use service::{
+    ByFamily, Family, NotAPolicy, Protocol, Service, ServiceKey, ServicePort, SourceId, StalePolicy, TrafficPolicy,
+};
 pub use snapshot::{Changes, ClusterKey, Gaps, Snapshot};
 pub use store::{Reader, Writer};
 pub use trigger::{Trigger, Triggers};

@@ -4,6 +4,8 @@
 
 use std::fmt;
 use std::num::{NonZeroU32, NonZeroU64};
+use std::str::FromStr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use proxy_common::addr::{Addr, Port, Proto};
@@ -177,6 +179,59 @@ pub enum TrafficPolicy {
     Local,
 }
 
+/// What becomes of TCP connections whose endpoint is gone: no source lists it any more, or what they dialled is no longer
+/// their service's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StalePolicy {
+    /// They stay until an end or the kernel gives up.
+    Keep,
+    /// They are reset when their endpoint has been gone for so long.
+    ResetAfter(Duration),
+}
+
+impl StalePolicy {
+    /// What a service without a word of its own gets: long enough for an endpoint that moves from one slice to another, and for
+    /// a pod that has half a minute to end (the default of Kubernetes); short beside the quarter of an hour after which the
+    /// kernel gives up.
+    pub const DEFAULT: Self = Self::ResetAfter(Duration::from_secs(30));
+    /// What can be said, for people.
+    pub const USAGE: &str = "keep, reset, or reset-after= with a time such as 30s or 5m";
+    /// Nobody waits for longer.
+    const LONGEST: Duration = Duration::from_secs(86400);
+}
+
+/// A text that is no [`StalePolicy`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not {usage}, of at most a day", usage = StalePolicy::USAGE)]
+pub struct NotAPolicy(pub String);
+
+impl FromStr for StalePolicy {
+    type Err = NotAPolicy;
+
+    fn from_str(text: &str) -> Result<Self, NotAPolicy> {
+        let wrong = || NotAPolicy(text.to_owned());
+        match text {
+            "keep" => return Ok(Self::Keep),
+            "reset" => return Ok(Self::ResetAfter(Duration::ZERO)),
+            _ => {}
+        }
+        let time = text.strip_prefix("reset-after=").ok_or_else(wrong)?;
+        let time = time.parse::<jiff::SignedDuration>().map_err(|_| wrong())?;
+        let time = Duration::try_from(time).map_err(|_| wrong())?;
+        if time <= Self::LONGEST { Ok(Self::ResetAfter(time)) } else { Err(wrong()) }
+    }
+}
+
+impl fmt::Display for StalePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Keep => f.write_str("keep"),
+            Self::ResetAfter(Duration::ZERO) => f.write_str("reset"),
+            Self::ResetAfter(time) => write!(f, "reset-after={time:?}"),
+        }
+    }
+}
+
 /// One port of a service.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ServicePort {
@@ -216,4 +271,30 @@ pub struct Service {
     /// Who may dial the load-balancer addresses (loadBalancerSourceRanges): prefixes of the family, each once, in order.
     /// `None`: everybody.
     pub source_ranges: ByFamily<Option<Box<[IpNet]>>>,
+    /// What becomes of TCP connections whose endpoint is gone; `None`: what the agent does by default.
+    pub stale: Option<StalePolicy>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_survive_the_round_trip() {
+        for text in ["keep", "reset", "reset-after=30s", "reset-after=300s", "reset-after=1.5s"] {
+            assert_eq!(text.parse::<StalePolicy>().unwrap().to_string(), text);
+        }
+        let minutes: StalePolicy = "reset-after=5m".parse().unwrap();
+        assert_eq!(minutes, StalePolicy::ResetAfter(Duration::from_secs(300)));
+        assert_eq!("reset-after=0s".parse(), Ok(StalePolicy::ResetAfter(Duration::ZERO)));
+    }
+
+    #[test]
+    fn what_is_no_policy_is_refused_with_what_is() {
+        for text in ["", "Keep", "reset-after", "reset-after=", "reset-after=30", "reset-after=-1s", "reset-after=25h"]
+        {
+            let error = text.parse::<StalePolicy>().expect_err(text).to_string();
+            assert!(error.contains("reset-after= with a time such as 30s"), "{error}");
+        }
+    }
 }

@@ -113,7 +113,7 @@ impl Backends {
         self.entries.get(id.0 as usize)?.as_ref()
     }
 
-    /// The same, to change it.
+    /// The backend of an id, to change it.
     pub(super) fn get_mut(&mut self, id: BackendId) -> Option<&mut Backend> {
         self.entries.get_mut(id.0 as usize)?.as_mut()
     }

@@ -12,6 +12,7 @@
 //! | `claims` | who owns a frontend that several services claim |
 //! | [`usage`] | what addresses and ports are used for, counted over all users |
 //! | [`state`] | everything that is programmed: restored from the tables, advanced from snapshot to snapshot |
+//! | [`stale`] | connections whose endpoint is gone |
 //! | `restore` | the state that the tables show |
 //! | `work` | one step under way |
 //! | [`plan`] | [`Plan`]: the changes |
@@ -41,6 +42,7 @@ pub mod plan;
 pub mod problem;
 mod restore;
 pub mod service;
+pub mod stale;
 pub mod state;
 pub mod tables;
 mod text;
@@ -58,6 +60,7 @@ pub use node::NodeView;
 pub use plan::{Cidrs, Group, Op, Plan, Stage, Subject};
 pub use problem::Problem;
 pub use service::{FrontendKind, Layout, PlannedBackend, PlannedFrontend, PortPlan, ServicePlan, plan_service};
+pub use stale::{Link, Lost, Standing};
 pub use state::State;
 pub use tables::{Tables, is_class};
 pub use usage::SnatPorts;

@@ -13,6 +13,7 @@ use proxy_common::addr::Addr;
 use super::ids::{BackendId, Epoch, ServiceId};
 use super::key::{FrontendAddr, PortName};
 use super::problem::Problem;
+use super::stale::Lost;
 use crate::model::ServiceKey;
 
 /// What has to be done to the tables, and nothing else.
@@ -30,6 +31,8 @@ pub struct Plan {
     pub groups: Vec<Group>,
     /// Services whose problems are others than before, with all problems they have now.
     pub problems: Vec<(ServiceKey, Vec<Problem>)>,
+    /// What may have left connections behind.
+    pub lost: Vec<Lost>,
 }
 
 /// Changes that belong together: a failure is the status of the subject.
@@ -180,7 +183,7 @@ pub enum Stage {
 impl Plan {
     /// True if there is nothing to do and nothing to tell.
     pub fn is_empty(&self) -> bool {
-        self.groups.is_empty() && self.problems.is_empty()
+        self.groups.is_empty() && self.problems.is_empty() && self.lost.is_empty()
     }
 
     /// All operations with their stages; `after_grace` ones are [`Stage::Retire`].

@@ -128,8 +128,10 @@ impl State {
         if next.is_settled() {
             self.drop_orphans(&mut work);
         }
+        let asked = |service| before.as_ref().and_then(|(old, _)| old.services.get(service)).and_then(|old| old.stale);
         self.planned = Some((next.clone(), node));
-        let plan = self.finish(work);
+        let mut plan = self.finish(work);
+        plan.lost.iter_mut().for_each(|lost| lost.policy = asked(&lost.service));
         (self, plan)
     }
 
@@ -310,6 +312,7 @@ impl State {
             is_held: false,
         };
         self.change_claims(&name, old.as_ref(), &port, work);
+        work.lost.extend(old.as_ref().and_then(|old| self.lost(&name, old, Some(&port))));
         work.ports.push(Touched {
             name: name.clone(),
             is_new: old.is_none(),
@@ -441,6 +444,7 @@ impl State {
     /// Takes everything from a service port.
     fn withdraw_port(&mut self, name: &Arc<PortName>, work: &mut Work) {
         let Some(port) = self.ports.remove(name) else { return };
+        work.lost.extend(self.lost(name, &port, None));
         self.unlist_backends(&port, work);
         for frontend in &port.frontends {
             self.claims.withdraw(frontend.at, name);

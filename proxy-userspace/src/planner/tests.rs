@@ -137,6 +137,7 @@ fn service(genes: u64) -> Service {
         affinity: NonZeroU32::new(genes.below(2) as u32 * 60),
         health_check: (genes.below(3) == 0).then(|| Port(30002 + genes.below(2) as u16)),
         source_ranges: ByFamily { v4: source_ranges(genes.below(5)), v6: None },
+        stale: None,
     }
 }
 

@@ -16,6 +16,7 @@ use super::ids::{BackendId, Epoch};
 use super::key::{BackendAddr, FrontendAddr, PortName};
 use super::node::NodeView;
 use super::plan::{Cidrs, Group, Op, Plan, Subject};
+use super::stale::Lost;
 use super::state::{Port, Retired, State};
 use super::usage::Ports;
 use crate::model::ServiceKey;
@@ -47,6 +48,8 @@ pub(super) struct Work {
     remarked: BTreeSet<FrontendAddr>,
     /// Services whose problems may have changed.
     pub told: BTreeSet<ServiceKey>,
+    /// What may have left connections behind.
+    pub lost: Vec<Lost>,
 }
 
 /// A service port that differs from before.
@@ -180,6 +183,7 @@ impl State {
         for at in std::mem::take(&mut work.remarked) {
             self.settle_remarks(at, &mut work);
         }
+        plan.lost = std::mem::take(&mut work.lost);
         plan.problems = work.told.iter().map(|key| (key.clone(), self.problems_of(key))).collect();
         plan
     }
@@ -198,6 +202,10 @@ impl State {
         if known == value {
             return;
         }
+        // Who has lost it to another still has its connections.
+        let outbid = known.and_then(|known| entry.losers().iter().find(|claim| claim.value.service == known.service));
+        let outbid = outbid.map(|claim| claim.owner.clone());
+        work.lost.extend(outbid.and_then(|owner| self.outbid(&owner, at)));
         self.count_frontend(at, known, value, work);
         match winner {
             Some((service, value)) => work.points.push((service, at, value)),

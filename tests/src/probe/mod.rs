@@ -136,6 +136,8 @@ pub enum UdpSockets {
     UnconnectedEach,
     /// One unconnected one per worker for all datagrams.
     UnconnectedKept,
+    /// One connected one per worker; after a failure another.
+    ConnectedKept,
 }
 
 /// TCP connections that stay open and exchange numbered lines; one that fails is not opened again.

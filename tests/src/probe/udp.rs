@@ -1,5 +1,6 @@
 //! UDP clients: connected and unconnected sockets, one datagram and its answer at a time.
 
+use std::cell::Cell;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
@@ -34,6 +35,8 @@ fn payload(length: usize) -> Vec<u8> {
 struct Client {
     socket: UdpSocket,
     is_mapped: bool,
+    /// It was; somebody else may have ended that.
+    is_connected: Cell<bool>,
 }
 
 impl Client {
@@ -51,7 +54,7 @@ impl Client {
             }
             let socket = UdpSocket::from(socket);
             socket.set_read_timeout(Some(TIMEOUT))?;
-            Ok(Self { socket, is_mapped })
+            Ok(Self { socket, is_mapped, is_connected: Cell::new(false) })
         };
         open().map_err(Failure::at(Stage::Socket, to))
     }
@@ -61,15 +64,17 @@ impl Client {
     }
 
     fn connect(&self, to: SocketAddr) -> Result<(), Failure> {
-        self.socket.connect(self.dialled(to)).map_err(Failure::at(Stage::Connect, to))
+        self.socket.connect(self.dialled(to)).map_err(Failure::at(Stage::Connect, to))?;
+        self.is_connected.set(true);
+        Ok(())
     }
 
     /// Sends to `to`, connected or not, and waits for the answer, which must come from `to` and hold what was sent.
     fn ask(&self, to: SocketAddr, payload: &[u8]) -> Result<Answer, Failure> {
         let connected_to = self.socket.peer_addr().ok();
-        let sent = match connected_to {
-            Some(_) => self.socket.send(payload),
-            None => self.socket.send_to(payload, self.dialled(to)),
+        let sent = match self.is_connected.get() {
+            true => self.socket.send(payload),
+            false => self.socket.send_to(payload, self.dialled(to)),
         };
         sent.map_err(Failure::at(Stage::Send, to))?;
         let mut buffer = vec![0; 65535];
@@ -132,12 +137,13 @@ impl Attempts for UdpAttempts {
             Some(client) => client,
             None => Client::open(to, None, false)?,
         };
-        if self.0.sockets == UdpSockets::ConnectedEach {
+        let is_connected = matches!(self.0.sockets, UdpSockets::ConnectedEach | UdpSockets::ConnectedKept);
+        if is_connected && !client.is_connected.get() {
             client.connect(to)?;
         }
         // Numbered, so that an answer that comes late is not taken for the next one's.
         let answer = client.ask(to, &number.to_be_bytes())?;
-        if self.0.sockets == UdpSockets::UnconnectedKept {
+        if matches!(self.0.sockets, UdpSockets::UnconnectedKept | UdpSockets::ConnectedKept) {
             worker.0 = Some(client);
         }
         Ok(Success { server: answer.server, has_retransmitted: false })

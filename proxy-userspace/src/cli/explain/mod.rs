@@ -309,7 +309,7 @@ impl Course<'_> {
             bound: self.args.src.port.is_some(),
             now: Seconds::from_nanos(sys::monotonic().as_nanos() as u64),
         };
-        let verdict = socket::dial(lookup, &dial, true);
+        let verdict = socket::dial(lookup, &dial);
         let (what, why) = words::socket_text(lookup, &tuple(src, dst, self.proto()), of_node, &verdict);
         let call = if self.proto() == Proto::TCP { "connect" } else { "connect or sendto" };
         self.walker.steps.push(Step { at: format!("socket {call}"), what, why, packet: None });

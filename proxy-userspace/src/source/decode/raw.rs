@@ -23,6 +23,8 @@ pub struct Metadata {
 pub struct Annotations {
     #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
     pub trigger_time: Option<String>,
+    #[serde(rename = "shunt/stale-connections")]
+    pub stale_connections: Option<String>,
 }
 
 impl Metadata {

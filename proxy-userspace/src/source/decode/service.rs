@@ -9,10 +9,12 @@ use proxy_common::addr::{Addr, Port};
 
 use super::field::{check_part, parse_cidr, parse_port, parse_protocol, parse_unicast};
 use super::{Context, Decoded, Error, FieldError, Ignored, Meaning, raw};
-use crate::model::{ByFamily, Family, Interner, Kind, Object, Service, ServicePort, TrafficPolicy};
+use crate::model::{ByFamily, Family, Interner, Kind, Object, Service, ServicePort, StalePolicy, TrafficPolicy};
 
 /// Presence alone means that another proxy serves the service (KEP-2447).
 const OTHER_PROXY: &str = "service.kubernetes.io/service-proxy-name";
+/// Where the annotation of [`raw::Annotations::stale_connections`] stands.
+const STALE_FIELD: &str = "metadata.annotations[shunt/stale-connections]";
 /// core/v1, DefaultClientIPServiceAffinitySeconds.
 const DEFAULT_AFFINITY: NonZeroU32 = NonZeroU32::new(10800).expect("not zero");
 /// core/v1, the most that validation allows: one day.
@@ -36,6 +38,7 @@ pub fn decode_service(object: raw::Service, interner: &mut Interner) -> Result<D
         affinity: affinity(&spec, &mut context),
         health_check: health_check(&spec, &mut context),
         source_ranges: source_ranges(&spec, &mut context),
+        stale: stale(&object.metadata, &mut context),
     };
     let (namespace, name) = (context.key.namespace.clone(), context.key.name.clone());
     Ok(context.is(Meaning::Object(Object::Service { namespace, name, service: Arc::new(service) })))
@@ -203,6 +206,12 @@ fn affinity_timeout(spec: &raw::ServiceSpec, context: &mut Context<'_>) -> NonZe
         context.left_out("spec.sessionAffinityConfig.clientIP.timeoutSeconds", message);
         DEFAULT_AFFINITY
     })
+}
+
+/// What the service says of connections whose endpoint is gone.
+fn stale(metadata: &raw::Metadata, context: &mut Context<'_>) -> Option<StalePolicy> {
+    let text = metadata.annotations.as_ref()?.stale_connections.as_ref()?;
+    text.parse().map_err(|error| context.left_out(STALE_FIELD, format!("{error}; the agent's default is used"))).ok()
 }
 
 /// The prefixes that are listed, by family. One of length zero opens its family to all; where one cannot be read, nobody

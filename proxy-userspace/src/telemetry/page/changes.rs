@@ -172,6 +172,7 @@ mod tests {
             affinity: None,
             health_check: None,
             source_ranges: ByFamily::default(),
+            stale: None,
         }
     }
 

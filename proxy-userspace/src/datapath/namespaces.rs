@@ -1,0 +1,90 @@
+//! The network namespaces that processes of this node are in.
+//!
+//! Found by /proc: so the agent has to see the node's processes (hostPID in a pod). A namespace in which no process lives has no
+//! sockets of a process that was started there; one that a process opened elsewhere and took along is not found.
+//! May touch: /proc/PID/ns/net; the namespace of the calling thread.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use super::sys;
+
+/// One namespace, and processes in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    /// Its inode number.
+    inode: u64,
+    /// Any of them shows the way.
+    paths: Vec<PathBuf>,
+}
+
+/// Every namespace once, that of the calling thread first.
+pub fn list(proc: &Path) -> io::Result<Vec<Namespace>> {
+    let mut found: BTreeMap<u64, Vec<PathBuf>> = BTreeMap::new();
+    for entry in fs::read_dir(proc)? {
+        let name = entry?.file_name();
+        if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        let path = proc.join(name).join("ns/net");
+        // A process may end at any moment, and one that is ending has no namespace.
+        if let Ok(inode) = fs::metadata(&path).map(|metadata| metadata.ino()) {
+            found.entry(inode).or_default().push(path);
+        }
+    }
+    let own = own(proc).ok();
+    let rank = |inode: u64| (own.as_ref().is_none_or(|own| own.inode != inode), inode);
+    let mut all: Vec<_> = found.into_iter().map(|(inode, paths)| Namespace { inode, paths }).collect();
+    all.sort_by_key(|namespace| rank(namespace.inode));
+    Ok(all)
+}
+
+/// That of the calling thread.
+fn own(proc: &Path) -> io::Result<Namespace> {
+    let path = proc.join("thread-self/ns/net");
+    Ok(Namespace { inode: fs::metadata(&path)?.ino(), paths: vec![path] })
+}
+
+impl Namespace {
+    /// The directories of /proc of its processes.
+    pub fn processes(&self) -> impl Iterator<Item = &Path> {
+        self.paths.iter().filter_map(|path| path.parent()?.parent())
+    }
+
+    /// Moves the calling thread there. False if no process is in it any more.
+    pub fn enter(&self) -> io::Result<bool> {
+        for path in &self.paths {
+            let Ok(file) = File::open(path) else { continue };
+            // The number may be another process's by now.
+            if file.metadata().is_ok_and(|metadata| metadata.ino() == self.inode) {
+                return sys::enter_netns(file.as_fd()).map(|()| true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_namespace_of_this_thread_is_found_once_and_comes_first() {
+        let proc = Path::new("/proc");
+        let (own, all) = (own(proc).unwrap(), list(proc).unwrap());
+        assert_eq!(all[0].inode, own.inode);
+        assert_eq!(all.iter().filter(|namespace| namespace.inode == own.inode).count(), 1);
+        let mine = proc.join(std::process::id().to_string()).join("ns/net");
+        assert!(all[0].paths.contains(&mine), "{:?}", all[0]);
+    }
+
+    #[test]
+    fn a_namespace_whose_processes_have_ended_is_not_entered() {
+        let gone = Namespace { inode: 1, paths: vec!["/proc/0/ns/net".into(), "/proc/self/ns/net".into()] };
+        assert!(!gone.enter().unwrap());
+    }
+}
