@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use crate::place::Place;
 use crate::probe::{
-    Answer, Bulk, Failure, Job, LongLived, Report, Serve, Stats, TcpLoop, TcpOnce, Transfer, UdpLoop, UdpOnce,
+    Answer, Ask, Bulk, Failure, Job, LongLived, Met, Report, Serve, Stats, Survey, TcpLoop, TcpOnce, Transfer, UdpLoop,
+    UdpOnce,
 };
 use crate::process::Process;
 use crate::wait;
@@ -35,6 +36,18 @@ fn report(line: &str) -> Option<Report> {
 #[track_caller]
 fn done<T>(place: &Place, job: &Job, find: impl Fn(Report) -> Option<T>) -> T {
     start(place, job).wait_line(0, "a report", |line| find(report(line)?))
+}
+
+/// The report that `find` picks of what a job printed until its end, however late that is.
+#[track_caller]
+fn ended<T>(mut process: Process, find: impl Fn(Report) -> Option<T>) -> T {
+    // The probe itself gives up when nothing moves.
+    while process.try_wait().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    process.wait();
+    let found = process.lines().iter().find_map(|line| find(report(line)?));
+    found.unwrap_or_else(|| panic!("the job ended without a report; it printed:\n{process}"))
 }
 
 impl Place {
@@ -99,19 +112,20 @@ impl Place {
     /// Many bytes over one connection from here, each checked. May take its time: no limit but that something moves.
     #[track_caller]
     pub fn bulk(&self, bulk: Bulk) -> Result<Transfer, Failure> {
-        let mut process = start(self, &Job::Bulk(bulk));
-        let found = |process: &Process| {
-            process.lines().iter().find_map(|line| match report(line)? {
-                Report::Bulk(outcome) => Some(outcome),
-                _ => None,
-            })
-        };
-        // The probe itself gives up when nothing moves.
-        while process.try_wait().is_none() {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-        process.wait();
-        found(&process).unwrap_or_else(|| panic!("the transfer ended without a report; it printed:\n{process}"))
+        ended(
+            start(self, &Job::Bulk(bulk)),
+            |report| if let Report::Bulk(outcome) = report { Some(outcome) } else { None },
+        )
+    }
+
+    /// What is met from here by each of many asks. May take its time: asks have time limits of their own.
+    #[track_caller]
+    pub fn survey(&self, asks: Vec<Ask>) -> Vec<Met> {
+        let count = asks.len();
+        let is_survey = |report| if let Report::Survey(met) = report { Some(met) } else { None };
+        let met = ended(start(self, &Job::Survey(Survey { asks })), is_survey);
+        assert_eq!(met.len(), count, "each ask has its outcome");
+        met
     }
 
     /// New TCP connections from here at a rate, until finished.

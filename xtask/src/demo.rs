@@ -14,11 +14,12 @@ pub struct Args {
 
 /// Shows the demo. Errors: it cannot be built, or something in it did not hold.
 pub fn run(args: &Args) -> Result<()> {
-    run_tests_binary("demo", &args.args)
+    run_tests_binary("demo", &args.args, vec![])
 }
 
-/// Builds the agent and the package shunt-tests, and runs the latter's program `tests/src/bin/SOURCE.rs` as root.
-pub fn run_tests_binary(source: &str, args: &[String]) -> Result<()> {
+/// Builds the agent and the package shunt-tests, and runs the latter's program `tests/src/bin/SOURCE.rs` as root, with `env`
+/// beside the variables that suites get.
+pub fn run_tests_binary(source: &str, args: &[String], env: Vec<(&'static str, String)>) -> Result<()> {
     test::ensure_suites_can_run()?;
     build::run(&build::Args::default())?;
     let missing = || format!("there is no tests/src/bin/{source}.rs yet");
@@ -28,5 +29,7 @@ pub fn run_tests_binary(source: &str, args: &[String]) -> Result<()> {
         .args(["build", "--release", "--package", "shunt-tests", "--bins"])
         .dir(workspace::root())
         .run()?;
-    privilege::as_root(&workspace::target().join("release").join(name), test::suite_vars()).args(args).run()
+    privilege::as_root(&workspace::target().join("release").join(name), test::suite_vars().into_iter().chain(env))
+        .args(args)
+        .run()
 }

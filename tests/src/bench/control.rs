@@ -34,7 +34,7 @@ fn bare_start() -> Row {
     eprintln!("control: no services");
     let cluster = Cluster::build(Plan::default());
     let agent = Agent::start_on(&cluster, &cluster.nodes[0], &Manifests::of(&cluster));
-    let usage = usage(&agent);
+    let usage = usage(agent.process().id());
     let found = format!("{:.2} s user, {:.2} s kernel", usage.user.as_secs_f64(), usage.kernel.as_secs_f64());
     Row::note("start without services, processor time of the agent".to_owned(), found)
 }
@@ -46,7 +46,7 @@ fn from_api(services: usize) -> Vec<Row> {
     let server = api::Server::start(&node.place, (0..services).map(filler));
     let mut agent = Agent::new(&cluster, node).with("--kubeconfig", server.kubeconfig(&cluster.bed));
     agent.start();
-    start_rows("the Kubernetes API", services, &usage(&agent))
+    start_rows("the Kubernetes API", services, &usage(agent.process().id()))
 }
 
 fn from_json(services: usize) -> Vec<Row> {
@@ -59,7 +59,7 @@ fn from_json(services: usize) -> Vec<Row> {
         fs::write(manifests.dir().join(format!("filler-{number}.json")), text).expect("the folder takes files");
     }
     let agent = Agent::start_on(&cluster, &cluster.nodes[0], &manifests);
-    start_rows("JSON manifests", services, &usage(&agent))
+    start_rows("JSON manifests", services, &usage(agent.process().id()))
 }
 
 fn from_yaml(services: usize) -> Vec<Row> {
@@ -68,7 +68,7 @@ fn from_yaml(services: usize) -> Vec<Row> {
     let manifests = Manifests::of(&cluster);
     fill(&manifests, 0, services);
     let agent = Agent::start_on(&cluster, &cluster.nodes[0], &manifests);
-    let mut rows = start_rows("YAML manifests", services, &usage(&agent));
+    let mut rows = start_rows("YAML manifests", services, &usage(agent.process().id()));
     let change = median((0..CHANGES).map(|turn| change(&agent, &manifests, turn).as_secs_f64() * 1e3).collect());
     rows.push(Row {
         what: format!("one endpoint changed among {services} services: file written to tables changed"),
@@ -175,25 +175,37 @@ mod tables {
     }
 }
 
-struct Usage {
-    user: Duration,
-    kernel: Duration,
+/// What a process has used.
+pub struct Usage {
+    /// Processor time outside of the kernel.
+    pub user: Duration,
+    /// Processor time in the kernel.
+    pub kernel: Duration,
+    /// Processor time of children that have ended, both together.
+    pub children: Duration,
     /// Resident memory without mapped tables.
-    rss_mib: f64,
-    /// What the kernel holds for the agent's maps.
-    maps_mib: f64,
+    pub rss_mib: f64,
+    /// What the kernel holds for the process's maps.
+    pub maps_mib: f64,
 }
 
-/// Processor time (proc_pid_stat(5)) and memory of a running agent.
-fn usage(agent: &Agent) -> Usage {
-    let process = format!("/proc/{}", agent.process().id());
-    let stat = fs::read_to_string(format!("{process}/stat")).expect("the agent runs");
+/// Processor time (proc_pid_stat(5)) and memory of a running process.
+pub fn usage(id: u32) -> Usage {
+    let process = format!("/proc/{id}");
+    let stat = fs::read_to_string(format!("{process}/stat")).expect("the process runs");
     let fields: Vec<&str> = stat.rsplit_once(')').expect("its name is in parentheses").1.split_whitespace().collect();
     // Ticks of 1/100 s, as on every Linux this runs on.
     let ticks = |number: usize| Duration::from_millis(fields[number - 3].parse::<u64>().expect("a number") * 10);
     let smaps = fs::read_to_string(format!("{process}/smaps")).expect("root may read it");
     let maps = map_bytes(&process) as f64 / f64::from(1 << 20);
-    Usage { user: ticks(14), kernel: ticks(15), rss_mib: resident_kib(&smaps) as f64 / 1024.0, maps_mib: maps }
+    let children = ticks(16) + ticks(17);
+    Usage {
+        user: ticks(14),
+        kernel: ticks(15),
+        children,
+        rss_mib: resident_kib(&smaps) as f64 / 1024.0,
+        maps_mib: maps,
+    }
 }
 
 /// Resident KiB of everything but mapped BPF maps (proc_pid_smaps(5)).

@@ -9,14 +9,14 @@
 //! | [`program`] | nanoseconds a packet of the programs themselves, by test-run |
 //! | [`control`] | the agent: start with many services, one change among them, memory |
 //! | [`api`] | a list of many services, as an API server gives it |
-//!
-//! What stands beside kube-proxy is not here yet.
+//! | [`rivals`] | connections, changes and the load of many services, beside the real kube-proxy in both its modes |
 
 mod api;
 mod control;
 mod load;
 mod path;
 mod program;
+mod rivals;
 
 use std::env;
 
@@ -51,12 +51,14 @@ impl Row {
 }
 
 const HELP: &str = "\
-Prints what Shunt costs, as ratios within one run (about six minutes for everything).
+Prints what Shunt costs, as ratios within one run (about six minutes, and twenty more for rivals).
 
 Usage: cargo xtask bench [-- OPTIONS] [GROUP...]
 
 Groups: path (connections, transfers, foreign traffic), program (nanoseconds a packet, beside C),
-        control (the agent: processor time, memory, one change)
+        control (the agent: processor time, memory, one change),
+        rivals (beside kube-proxy in modes iptables and nftables, on a real control plane: connections,
+        from a slice's write to the first connection, cold load, memory)
 Options:
   --rounds N      rounds of every comparison; more are steadier [default: 7]
   --services N,…  numbers of services to measure with [default: 10,1000,10000]
@@ -78,7 +80,7 @@ impl Options {
             match word.as_str() {
                 "--rounds" => options.rounds = number(&value()?)?,
                 "--services" => options.services = value()?.split(',').map(number).collect::<Result<_, _>>()?,
-                "path" | "program" | "control" => options.groups.push(word),
+                "path" | "program" | "control" | "rivals" => options.groups.push(word),
                 other => return Err(format!("what is {other:?}?\n\n{HELP}")),
             }
         }
@@ -121,6 +123,9 @@ fn run(options: &Options) {
     }
     if options.wants("control") {
         rows.extend(control::rows(options.services.iter().copied().max().unwrap_or(10_000)));
+    }
+    if options.wants("rivals") {
+        rows.extend(rivals::rows(options.rounds, &options.services));
     }
     print!("\n{}", table(&rows));
 }

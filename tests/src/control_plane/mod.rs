@@ -32,12 +32,16 @@ use crate::bed::Bed;
 use crate::netns::Netns;
 use crate::place::Place;
 use crate::process::{Command, Process};
+use crate::topology::Cluster;
 use crate::wait;
 
 use credentials::Credentials;
 
 /// Where kube-apiserver serves.
 const API_PORT: u16 = 6443;
+
+/// Where a control plane that stands apart from the clusters is: in the range that none of their own addresses is from.
+const APART: Ipv4Addr = Ipv4Addr::new(100, 64, 8, 1);
 
 /// Where etcd serves its clients and its (absent) peers, on the namespace's loopback.
 const ETCD: (&str, &str) = ("http://127.0.0.1:2379", "http://127.0.0.1:2380");
@@ -135,7 +139,7 @@ impl ControlPlane {
     /// One at an address of `ns`, ready to be used. Panics if the binaries are missing or do not get ready.
     #[track_caller]
     pub fn start_with(bed: &Arc<Bed>, ns: &Arc<Netns>, options: Options) -> Self {
-        let bin_dir = find_bin_dir();
+        let bin_dir = find_bin_dir().unwrap_or_else(|why| panic!("{why}"));
         let dir = bed.subdir(&format!("control-plane-{}", ns.name()));
         let url = format!("https://{}", SocketAddr::new(options.address, API_PORT));
         let credentials = Credentials::create(&dir, options.address, &url);
@@ -144,6 +148,36 @@ impl ControlPlane {
         let this = Self { options, dir, bin_dir, credentials, admin, ns: ns.clone(), processes, _bed: bed.clone() };
         this.resume_all();
         this
+    }
+
+    /// One in a namespace of its own, which several clusters can follow: [`Self::connect`].
+    #[track_caller]
+    pub fn start_apart() -> Self {
+        let bed = Bed::new();
+        let ns = Netns::new(&bed, "control");
+        ns.ip([format!("addr add {APART}/32 dev lo")]);
+        Self::start_with(&bed, &ns, Options { address: APART.into(), ..Options::default() })
+    }
+
+    /// Lets the machines of `cluster` reach a control plane that stands apart. Each cluster has a `link` of its own, 0 to 63;
+    /// their machines may have the same addresses: its router hides them.
+    #[track_caller]
+    pub fn connect(&self, link: u8, cluster: &Cluster) {
+        let router = cluster.net.ns();
+        let [near, far] = [1, 2].map(|host| Ipv4Addr::new(100, 64, 9, 4 * link + host));
+        self.ns.ip([
+            format!("link add link{link} type veth peer name control netns {}", router.name()),
+            format!("addr add {near}/30 dev link{link}"),
+            format!("link set link{link} up"),
+        ]);
+        router.ip([
+            format!("addr add {far}/30 dev control"),
+            "link set control up".to_owned(),
+            format!("route add {APART} via {near}"),
+        ]);
+        router.nft(
+            "table ip control { chain postrouting { type nat hook postrouting priority srcnat; oifname control masquerade; }; }",
+        );
     }
 
     /// The API as the administrator.
@@ -339,19 +373,17 @@ fn flag(name: &str, value: impl std::fmt::Display) -> String {
     format!("--{name}={value}")
 }
 
-/// The directory of the binaries. Panics with what to do if there is none.
-#[track_caller]
-fn find_bin_dir() -> PathBuf {
+/// The directory of the binaries, or what to do if there is none.
+pub fn find_bin_dir() -> Result<PathBuf, String> {
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/control-plane/bin");
     let dir = std::env::var_os("SHUNT_CONTROL_PLANE_BIN").map_or(built, PathBuf::from);
-    let missing = Part::ALL.into_iter().find(|part| !dir.join(part.program()).is_file());
-    if let Some(part) = missing {
-        panic!(
+    match Part::ALL.into_iter().find(|part| !dir.join(part.program()).is_file()) {
+        None => Ok(dir),
+        Some(part) => Err(format!(
             "{} is not in {}: `cargo xtask test control-plane` builds it (Go and the way to its module proxy are needed), \
              or name another directory in SHUNT_CONTROL_PLANE_BIN",
             part.program(),
             dir.display()
-        );
+        )),
     }
-    dir
 }

@@ -7,6 +7,7 @@
 //! | [`Job::TcpLoop`], [`Job::UdpLoop`] | new connections at a rate |
 //! | [`Job::LongLived`] | connections that stay, each answer checked against its number |
 //! | [`Job::Bulk`] | many bytes one way, each of them checked |
+//! | [`Job::Survey`] | many destinations: who answers, or how it fails |
 //!
 //! May touch: sockets, standard input and output. Knows nothing of namespaces and topologies.
 
@@ -15,11 +16,12 @@ mod client;
 mod load;
 mod protocol;
 mod server;
+mod survey;
 mod tcp_info;
 mod udp;
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -53,6 +55,8 @@ pub enum Job {
     LongLived(LongLived),
     /// See [`Bulk`].
     Bulk(Bulk),
+    /// See [`Survey`].
+    Survey(Survey),
 }
 
 /// Servers, all answering with one name, until standard input ends.
@@ -162,6 +166,61 @@ pub struct Bulk {
     pub direction: Direction,
 }
 
+/// Many destinations, asked side by side.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Survey {
+    /// Each gives one [`Met`].
+    pub asks: Vec<Ask>,
+}
+
+/// Short conversations one after the other, each from a new socket.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ask {
+    /// Whom to ask, in turn; at least one.
+    pub to: Vec<SocketAddr>,
+    /// By which protocol.
+    pub proto: Proto,
+    /// Ends when so many servers have answered. It ends at the first failure, too.
+    pub enough: usize,
+    /// Ends after so many.
+    pub tries: usize,
+}
+
+/// The protocol of a conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Proto {
+    /// A connection.
+    Tcp,
+    /// A datagram of a connected socket, and its answer.
+    Udp,
+}
+
+impl Proto {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
+}
+
+/// What an [`Ask`] met.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Met {
+    /// Who answered, and how.
+    pub answers: BTreeSet<Sighting>,
+    /// Failures by stage and errno, as in `connect ECONNREFUSED`.
+    pub failures: BTreeSet<String>,
+}
+
+/// One way in which a conversation went well.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Sighting {
+    /// The name of the server that answered.
+    pub server: String,
+    /// The client's address as the server sees it.
+    pub source: IpAddr,
+    /// The server's address as the client sees it, if it is not the one that was dialled.
+    pub peer: Option<SocketAddr>,
+}
+
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -188,6 +247,8 @@ pub enum Report {
     Udp(Vec<Result<Answer, Failure>>),
     /// The outcome of a [`Bulk`].
     Bulk(Result<Transfer, Failure>),
+    /// The outcomes of a [`Survey`], one an ask.
+    Survey(Vec<Met>),
 }
 
 /// One conversation as both ends saw it.
@@ -269,5 +330,6 @@ pub fn run(job: Job) {
         Job::UdpLoop(udp) => load::run(udp::UdpAttempts::new(&udp)),
         Job::LongLived(long) => load::run(client::Conversations::new(&long)),
         Job::Bulk(bulk) => load::print(&Report::Bulk(bulk::run(&bulk))),
+        Job::Survey(survey) => survey::run(&survey),
     }
 }

@@ -19,6 +19,8 @@ use super::{Report, Serve, bulk, load};
 const BACKLOG: i32 = 4096;
 /// The largest datagram there is (RFC 768).
 const DATAGRAM: usize = 65535;
+/// Bytes of datagrams that may wait, more than unprivileged servers get: tests ask much at a time, and nothing sends a datagram again.
+const WAITING: usize = 16 << 20;
 
 /// Serves until standard input ends. Panics if an address cannot be had.
 pub fn run(serve: &Serve) {
@@ -42,6 +44,9 @@ fn open(addr: SocketAddr, kind: Type, protocol: Protocol) -> Socket {
     let open = || {
         let socket = Socket::new(Domain::for_address(addr), kind, Some(protocol))?;
         socket.set_reuse_address(kind == Type::STREAM)?;
+        if kind == Type::DGRAM {
+            setsockopt(&socket, sockopt::RcvBufForce, &WAITING)?;
+        }
         if addr.is_ipv6() {
             // `::` serves IPv4 too; any other address is one of IPv6.
             socket.set_only_v6(!addr.ip().is_unspecified())?;
