@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use proxy_common::abi::config::MAX_CIDRS;
 
-use crate::datapath::device::Choice;
+use crate::datapath::device::{Attach, Choice};
 use crate::datapath::kernel::Sizes;
 use crate::model::{Family, Name, NodeFacts, NodePortAddresses, PrimaryAddresses};
 use crate::source::decode::field::parse_unicast;
@@ -47,6 +47,8 @@ pub struct Config {
     pub socket_lb: SocketLb,
     /// Which devices get programs.
     pub devices: Choice,
+    /// How they get them.
+    pub attach: Attach,
     /// Ports for rewritten sources.
     pub snat_ports: RangeInclusive<u16>,
     /// Capacities.
@@ -224,6 +226,7 @@ impl Config {
             cgroup: flags.cgroup,
             socket_lb: flags.socket_lb,
             devices: Choice { only: flags.devices, except: flags.exclude_devices, xdp: flags.xdp },
+            attach: flags.attach,
             snat_ports,
             sizes,
             bpffs: flags.bpffs,

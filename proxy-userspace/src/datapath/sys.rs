@@ -491,6 +491,20 @@ pub fn netns_cookie() -> io::Result<u64> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
+/// Moves the calling thread into a network namespace.
+pub fn enter_netns(namespace: &File) -> io::Result<()> {
+    // SAFETY: no pointers.
+    let result = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Moves the calling thread into a network namespace of its own, which ends with it.
+pub fn leave_netns() -> io::Result<()> {
+    // SAFETY: no pointers.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// True if `path` lies on a BPF file system.
 pub fn is_bpffs(path: &Path) -> io::Result<bool> {
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
