@@ -5,8 +5,8 @@
 //! translated packet or socket meets an older program on its way back. XDP translates, ahead of the tcx programs of its
 //! device and relying on them: replaced last, detached first.
 //!
-//! From one means to the other, a hook gets the new attachment before it loses the old one. Meanwhile both run, tcx first, on
-//! the same tables: a packet that the first has translated belongs to a flow that the second finds done.
+//! From one means to the other, a hook gets the new attachment before it loses the old one; that a packet which meets both is
+//! translated once is seen to by [`Gates`].
 //!
 //! What somebody else detaches, or unpins, is attached again: every [`INSPECTION`] all links are looked at.
 //!
@@ -34,6 +34,7 @@ use super::backoff::Backoff;
 use super::clsact;
 use super::device::{Attachment, Choice, Device, Means, Xdp, decide_attachment, wants_xdp};
 use super::filter;
+use super::gate::Gates;
 use super::handover::{self, Handover};
 use super::kernel::{self, Continuations, MapFds, Programs};
 use super::maps::{self, Table};
@@ -387,7 +388,7 @@ impl DeviceLinks {
     /// Puts this agent's programs of one direction behind the links that an earlier agent left, in all devices. Those that
     /// undo go to the others too: a packet that is translated at the first device may leave by the last one.
     pub fn replace(&mut self, network: &Network, facts: &NodeFacts, direction: Direction) -> Vec<Error> {
-        let mut errors = Vec::new();
+        let mut errors = self.change_means(network, direction);
         for device in network.devices.values() {
             let Ok(attachment) = decide_attachment(device, &self.choice) else { continue };
             if direction == Direction::Reverse || self.is_pinned(device.index, direction) {
@@ -533,25 +534,100 @@ impl DeviceLinks {
         Ok(())
     }
 
+    /// Moves one hook of all devices that have a program by the other means to the wanted one; they get programs that do what
+    /// ours do, to be replaced by these. What fails is told and left to who attaches the programs themselves.
+    fn change_means(&self, network: &Network, direction: Direction) -> Vec<Error> {
+        let other = self.other_means();
+        let is_other = |device: &&Device| self.pin(other, device.index, direction).exists();
+        let mut moves: Vec<_> = network
+            .devices
+            .values()
+            .filter(is_other)
+            .filter_map(|device| {
+                Some((device, Pair::of(decide_attachment(device, &self.choice).ok()?).program(direction)))
+            })
+            .collect();
+        let mut errors = Vec::new();
+        if moves.is_empty() {
+            return errors;
+        }
+        let mut gates = BTreeMap::new();
+        for name in moves.iter().map(|(_, name)| *name).collect::<BTreeSet<_>>() {
+            match self.gates(name) {
+                Ok(made) => drop(gates.insert(name, made)),
+                Err(error) => errors.push(error),
+            }
+        }
+        let mut each = |step: &dyn Fn(&Device, &'static str, &Gates) -> Result<(), Error>| {
+            moves.retain(|(device, name)| {
+                let Some(gates) = gates.get(name) else { return false };
+                step(device, name, gates).map_err(|error| errors.push(error)).is_ok()
+            });
+        };
+        match self.means {
+            Means::Clsact => {
+                each(&|device, name, gates| self.ensure_link(device, name, gates.first.as_fd(), direction).map(drop));
+                maps::wait_for_programs();
+                each(&|device, name, gates| {
+                    self.ensure_filter(device, name, gates.second.as_fd(), direction)?;
+                    self.take_off(&self.pin(other, device.index, direction))
+                });
+                maps::wait_for_programs();
+            }
+            Means::Tcx => {
+                each(&|device, name, gates| {
+                    self.ensure_filter(device, name, gates.second.as_fd(), direction)?;
+                    self.ensure_link(device, name, gates.first.as_fd(), direction).map(drop)
+                });
+                maps::wait_for_programs();
+                each(&|device, _, _| self.take_off(&self.pin(other, device.index, direction)));
+            }
+        }
+        errors
+    }
+
+    fn gates(&self, name: &'static str) -> Result<Gates, Error> {
+        let made = Gates::new(self.programs.get(name)?, &self.pins);
+        made.map_err(|source| Error::Link {
+            action: "change the attachment of",
+            program: name,
+            target: "devices".to_owned(),
+            source,
+        })
+    }
+
+    const fn other_means(&self) -> Means {
+        match self.means {
+            Means::Tcx => Means::Clsact,
+            Means::Clsact => Means::Tcx,
+        }
+    }
+
     /// Attaches a program by the wanted means, then takes off what the device has by the other one.
     fn attach_one(&self, device: &Device, attachment: Attachment, direction: Direction) -> Result<Link, Error> {
         let name = Pair::of(attachment).program(direction);
+        let program = self.programs.get(name)?;
         let link = match self.means {
-            Means::Tcx => self.ensure_link(device, name, direction),
-            Means::Clsact => self.ensure_filter(device, name, direction),
+            Means::Tcx => self.ensure_link(device, name, program, direction),
+            Means::Clsact => self.ensure_filter(device, name, program, direction),
         }?;
-        let others = Means::ALL.into_iter().filter(|means| *means != self.means);
-        others.map(|means| self.pin(means, device.index, direction)).try_for_each(|pin| self.take_off(&pin))?;
+        self.take_off(&self.pin(self.other_means(), device.index, direction))?;
         Ok(link)
     }
 
-    fn ensure_link(&self, device: &Device, name: &'static str, direction: Direction) -> Result<Link, Error> {
+    fn ensure_link(
+        &self,
+        device: &Device,
+        name: &'static str,
+        program: BorrowedFd<'_>,
+        direction: Direction,
+    ) -> Result<Link, Error> {
         let (hook, place) = match direction {
             Direction::Reverse => (Hook::BPF_TCX_EGRESS, Place::Last),
             Direction::Forward => (Hook::BPF_TCX_INGRESS, Place::First),
         };
         let wanted = Wanted {
-            program: self.programs.get(name)?,
+            program,
             name,
             target: LinkTarget::Tcx(device.index),
             pin: self.pin(Means::Tcx, device.index, direction),
@@ -560,13 +636,19 @@ impl DeviceLinks {
         wanted.ensure(create, || device.name.clone())
     }
 
-    fn ensure_filter(&self, device: &Device, name: &'static str, direction: Direction) -> Result<Link, Error> {
+    fn ensure_filter(
+        &self,
+        device: &Device,
+        name: &'static str,
+        program: BorrowedFd<'_>,
+        direction: Direction,
+    ) -> Result<Link, Error> {
         let wanted = filter::Wanted {
             pins: &self.pins,
             netns: self.netns,
             device: device.index,
             hook: filter_hook(direction),
-            program: self.programs.get(name)?,
+            program,
             name,
         };
         match wanted.ensure() {

@@ -14,6 +14,7 @@
 //! | [`btf`] | what the kernel's own types say |
 //! | [`attach`] | programs on control group and devices |
 //! | [`clsact`], [`filter`] | programs on devices of kernels without links to them |
+//! | [`gate`] | what keeps packets whole while a device goes from one means to the other |
 //! | [`namespace`] | other network namespaces |
 //! | [`device`] | which devices get which programs: a pure decision |
 //! | [`network`] | devices and addresses of the node, live |
@@ -56,6 +57,7 @@ pub mod convert;
 pub mod device;
 pub mod fake;
 pub mod filter;
+pub mod gate;
 pub mod handover;
 pub mod inspect;
 pub mod kept;
