@@ -418,6 +418,15 @@ mod tests {
     }
 
     #[test]
+    fn the_means_of_attachment_is_typed_or_written() {
+        let file = format!("{OWN}manifests: m\nattach: clsact\n");
+        assert_eq!(load(&file, "").unwrap().config.attach, Attach::Clsact);
+        assert_eq!(load(&file, "--attach tcx").unwrap().config.attach, Attach::Tcx);
+        assert_eq!(config("--manifests m").unwrap().attach, Attach::Auto);
+        assert_eq!(load(&file.replace("clsact", "xdp"), "").unwrap_err().len(), 1);
+    }
+
+    #[test]
     fn socket_lb_off_needs_a_confirmation() {
         assert_eq!(config("--manifests m --socket-lb off").unwrap_err(), ["socket-lb"]);
         assert_eq!(config("--manifests m --host-clients off").unwrap_err(), ["host-clients"]);

@@ -110,3 +110,44 @@ fn second(word: i32, array: BorrowedFd<'_>) -> Vec<Instruction> {
     let skip = op(JUMP_IF_SAME_WORD, SECOND, THIRD, go_on.len() as i16, 0);
     word_of_packet(word).into_iter().chain([look, skip]).chain(go_on).chain(pass()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a gate does with a packet of a device: whether it goes on in the program. A walk over the few operations there are.
+    fn goes_on(gate: &[Instruction], ifindex: u32, control: &mut u32) -> bool {
+        let mut registers = [0u32; 11];
+        let mut at = 0;
+        loop {
+            let Instruction { code, offset, constant, .. } = gate[at];
+            let (to, from) = (usize::from(gate[at].to()), usize::from(gate[at].from()));
+            at += 1;
+            match code {
+                LOAD_WORD if offset == IFINDEX => registers[to] = ifindex,
+                LOAD_WORD => registers[to] = *control,
+                STORE_WORD => *control = registers[from],
+                XOR_WORD => registers[to] ^= constant as u32,
+                JUMP_IF_SAME_WORD if registers[to] == registers[from] => at += offset as usize,
+                CALL => return true,
+                EXIT => {
+                    assert_eq!(registers[0], NEXT as u32);
+                    return false;
+                }
+                SET => registers[to] = constant as u32,
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_packet_goes_on_at_one_gate_and_only_there() {
+        let array = std::fs::File::open("/dev/null").unwrap();
+        let (first, second) = (first(0x1234, array.as_fd()), second(0x1234, array.as_fd()));
+        let mut control = 7;
+        assert!(goes_on(&first, 4, &mut control));
+        assert!(!goes_on(&second, 4, &mut control), "it has been at the first");
+        assert!(goes_on(&second, 5, &mut control), "at another device it has not");
+        assert!(goes_on(&second, 4, &mut 7), "there was no first");
+    }
+}

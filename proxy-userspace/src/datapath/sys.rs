@@ -258,10 +258,13 @@ pub fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Instruction {
-    code: u8,
+    /// What is done, with what kind of operands.
+    pub code: u8,
     registers: u8,
-    offset: i16,
-    constant: i32,
+    /// In memory, or of a jump.
+    pub offset: i16,
+    /// An operand.
+    pub constant: i32,
 }
 
 impl Instruction {
@@ -270,6 +273,16 @@ impl Instruction {
         // Two bit fields of four bits, in the order of the machine.
         let registers = if cfg!(target_endian = "little") { from << 4 | to } else { to << 4 | from };
         Self { code, registers, offset, constant }
+    }
+
+    /// The register that is written, or compared.
+    pub const fn to(&self) -> u8 {
+        if cfg!(target_endian = "little") { self.registers & 15 } else { self.registers >> 4 }
+    }
+
+    /// The register that is read.
+    pub const fn from(&self) -> u8 {
+        if cfg!(target_endian = "little") { self.registers >> 4 } else { self.registers & 15 }
     }
 }
 
