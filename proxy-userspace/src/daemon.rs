@@ -319,7 +319,9 @@ fn means(attach: Attach, loaded: &Loaded) -> Result<Means> {
     let classifier = loaded.programs.get("ingress")?;
     let means = decide_means(attach, |means| kernel::probe(means, classifier))?;
     match (attach, means) {
-        (Attach::Auto, Means::Clsact) => info!(by = means.name(), "this kernel has no tcx: devices get filters instead"),
+        (Attach::Auto, Means::Clsact) => {
+            info!(by = means.name(), "this kernel has no tcx: devices get filters instead")
+        }
         _ => info!(by = means.name(), "devices get their programs"),
     }
     Ok(means)

@@ -167,7 +167,9 @@ impl Means {
 /// Decides how programs get onto devices. `probe` tries whether the kernel has a means; only what may be taken is tried.
 pub fn decide_means<E>(attach: Attach, probe: impl Fn(Means) -> Result<(), E>) -> Result<Means, E> {
     match attach {
-        Attach::Auto => probe(Means::Tcx).map(|()| Means::Tcx).or_else(|_| probe(Means::Clsact).map(|()| Means::Clsact)),
+        Attach::Auto => {
+            probe(Means::Tcx).map(|()| Means::Tcx).or_else(|_| probe(Means::Clsact).map(|()| Means::Clsact))
+        }
         Attach::Tcx => probe(Means::Tcx).map(|()| Means::Tcx),
         Attach::Clsact => probe(Means::Clsact).map(|()| Means::Clsact),
     }
@@ -388,9 +390,8 @@ mod tests {
 
     #[test]
     fn the_means_is_what_is_wanted_and_there() {
-        let decide = |attach, there: &[Means]| {
-            decide_means(attach, |means| there.contains(&means).then_some(()).ok_or(means))
-        };
+        let decide =
+            |attach, there: &[Means]| decide_means(attach, |means| there.contains(&means).then_some(()).ok_or(means));
         let old = [Means::Clsact];
         assert_eq!(decide(Attach::Auto, &Means::ALL), Ok(Means::Tcx));
         assert_eq!(decide(Attach::Auto, &old), Ok(Means::Clsact));
