@@ -131,7 +131,7 @@ pub struct AgentFlags {
     /// from Shunt. A device with a qdisc `ingress`, in whose place clsact would have to be, is not served. Not for two agents
     /// in one network namespace: the later one takes the filters of the first.
     ///
-    /// A change takes effect at the next start, without a lost packet. `shunt cleanup` removes filters, and the qdiscs that the
+    /// A change takes effect at the next start; connections go on. `shunt cleanup` removes filters, and the qdiscs that the
     /// agent made unless somebody else has come to use them.
     #[arg(long, value_enum, default_value_t, help_heading = "Datapath")]
     pub attach: Attach,
