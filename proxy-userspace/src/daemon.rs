@@ -27,6 +27,7 @@ use crate::config::raw::SocketLb;
 use crate::datapath::attach::{self, DeviceLinks, SocketLinks};
 use crate::datapath::audit::Teller;
 use crate::datapath::guard::Guard;
+use crate::datapath::device::{Attach, Means, decide_means};
 use crate::datapath::kernel::{self, Loaded};
 use crate::datapath::maps::{KernelMaps, NodeConfig};
 use crate::datapath::metrics::Tables;
@@ -170,7 +171,7 @@ async fn build(
     process::register(&mut registry);
     let (watcher, network) = Watcher::open().await?;
     let loaded = kernel::load(OBJECT, pins, &config.sizes)?;
-    kernel::probe_tcx(loaded.programs.get("ingress")?)?;
+    let means = means(config.attach, &loaded)?;
     tell_loaded(&loaded);
     for proxy in other_proxies::find() {
         warn!("{proxy} are on this node and would translate services beside shunt: {}", proxy.advice());
@@ -234,7 +235,7 @@ async fn build(
     registry.sub_registry_with_prefix("shunt").register("repairs", help, repairs.clone());
     let mut attachments = attach::Task {
         sockets: sockets(config, pins)?,
-        devices: DeviceLinks::new(pins, netns, config.devices.clone(), loaded.programs, &kernel_maps)?,
+        devices: DeviceLinks::new(pins, netns, config.devices.clone(), means, loaded.programs, &kernel_maps)?,
         continuations: loaded.continuations,
         handover: loaded.handover,
         has_left_earlier: false,
@@ -416,6 +417,19 @@ async fn drained(mut drain: Drain, part: impl Future<Output = Result<()>>) -> Re
         result = part => result,
         () = drain.wait() => Ok(()),
     }
+}
+
+/// How programs get onto devices.
+fn means(attach: Attach, loaded: &Loaded) -> Result<Means> {
+    let classifier = loaded.programs.get("ingress")?;
+    let means = decide_means(attach, |means| kernel::probe(means, classifier))?;
+    match (attach, means) {
+        (Attach::Auto, Means::Clsact) => {
+            info!(by = means.name(), "this kernel has no tcx: devices get filters instead")
+        }
+        _ => info!(by = means.name(), "devices get their programs"),
+    }
+    Ok(means)
 }
 
 fn tell_loaded(loaded: &Loaded) {

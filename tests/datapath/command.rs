@@ -54,7 +54,7 @@ fn json_has_the_same_fields_always() {
     let socket = node.admin_socket();
     let output = node.shunt(["status", "-o", "json", "--admin-socket", socket.to_str().expect("text")]);
     let status: Value = serde_json::from_slice(&output.stdout).expect("it prints JSON");
-    let expected = set(["layout", "agent", "socket_hooks", "devices", "tables", "drops", "report"]);
+    let expected = set(["layout", "agent", "socket_hooks", "devices", "attach", "tables", "drops", "report"]);
     assert!(fields(&status).is_superset(&expected), "{status}");
     let report = &status["report"];
     let lists = ["pending_sources", "sources", "refused", "problems", "xdp_refused", "nearly_full", "families_off"];

@@ -6,6 +6,7 @@
 //! One namespace, one control group and one BPF file system a test. What packets look like is the business of other suites.
 
 mod cleanup;
+mod clsact;
 mod command;
 mod devices;
 mod install;

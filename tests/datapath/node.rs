@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use proxy_userspace::datapath::pins::{self, Pins};
+use serde_json::Value;
 use shunt_tests::agent;
 use shunt_tests::bed::Bed;
 use shunt_tests::cgroup::Cgroup;
@@ -123,18 +124,18 @@ impl Lone {
 
     /// What a `shunt` command prints as JSON; panics if it fails.
     #[track_caller]
-    pub fn json(&self, subcommand: &str) -> serde_json::Value {
+    pub fn json(&self, subcommand: &str) -> Value {
         self.json_of([subcommand, "-o", "json"])
     }
 
     /// The state as JSON, with what the running agent says of it.
     #[track_caller]
-    pub fn status(&self) -> serde_json::Value {
+    pub fn status(&self) -> Value {
         self.json_of(["status", "-o", "json", "--admin-socket", &text(self.admin_socket())])
     }
 
     #[track_caller]
-    fn json_of<const N: usize>(&self, words: [&str; N]) -> serde_json::Value {
+    fn json_of<const N: usize>(&self, words: [&str; N]) -> Value {
         let output = self.shunt(words);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice(&output.stdout).expect("it prints JSON")
@@ -172,11 +173,47 @@ impl Lone {
         (names(TcAttachType::Ingress), names(TcAttachType::Egress))
     }
 
+    /// Names of the pinned programs of filters.
+    #[track_caller]
+    pub fn filter_pins(&self) -> Vec<String> {
+        let pins = pins::list(&self.pins().filters()).expect("pins can be listed");
+        pins.iter().filter_map(|pin| pins::file_name(pin)).map(str::to_owned).collect()
+    }
+
+    /// Filters at a hook of a device's clsact qdisc, in the order in which they run.
+    #[track_caller]
+    pub fn filters(&self, device: &str, hook: &str) -> Vec<Filter> {
+        let text = self.place.ns().output(["tc", "-j", "filter", "show", "dev", device, hook]);
+        // Nothing at all is printed of a device without the qdisc.
+        let rows: Vec<Value> = if text.trim().is_empty() { vec![] } else { serde_json::from_str(&text).expect("JSON") };
+        // The first row of a priority speaks of all its filters together; u32 has one that speaks of a table.
+        let is_filter = |row: &&Value| row["options"].is_object() && row["options"].get("ht_divisor").is_none();
+        let filter = |row: &Value| {
+            let (kind, options) = (&row["kind"], &row["options"]);
+            Filter {
+                name: options["bpf_name"].as_str().or(kind.as_str()).expect("a kind").to_owned(),
+                priority: row["pref"].as_u64().expect("a number"),
+                program: options["prog"]["id"].as_u64().unwrap_or_default(),
+            }
+        };
+        rows.iter().filter(is_filter).map(filter).collect()
+    }
+
+    /// Names of the filters of both hooks of a device.
+    #[track_caller]
+    pub fn filter_pair(&self, device: &str) -> (String, String) {
+        let names = |hook| {
+            let names: Vec<_> = self.filters(device, hook).into_iter().map(|filter| filter.name).collect();
+            names.join("+")
+        };
+        (names("ingress"), names("egress"))
+    }
+
     /// Mode (1: in the driver, 2: generic) and program id of the XDP program of a device.
     #[track_caller]
     pub fn xdp(&self, device: &str) -> Option<(u64, u64)> {
         let text = self.place.ns().output(["ip", "-j", "link", "show", device]);
-        let links: serde_json::Value = serde_json::from_str(&text).expect("ip prints JSON");
+        let links: Value = serde_json::from_str(&text).expect("ip prints JSON");
         let xdp = links[0].get("xdp")?;
         Some((xdp["mode"].as_u64()?, xdp["prog"]["id"].as_u64()?))
     }
@@ -187,6 +224,17 @@ impl Lone {
         let text = self.place.run(|| nix::net::if_::if_nametoindex(device));
         text.unwrap_or_else(|error| panic!("there is no {device}: {error}"))
     }
+}
+
+/// A filter as `tc` lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// The name that who made it gave it, else its kind.
+    pub name: String,
+    /// Lower ones run first.
+    pub priority: u64,
+    /// Id of its program, 0 if it has none.
+    pub program: u64,
 }
 
 /// A pair of names, for comparisons.

@@ -109,6 +109,12 @@ impl Netns {
         self.batch("bridge", commands);
     }
 
+    /// Runs commands of `tc` in the namespace, all in one process; panics at the first that fails.
+    #[track_caller]
+    pub fn tc(&self, commands: impl IntoIterator<Item = impl AsRef<str>>) {
+        self.batch("tc", commands);
+    }
+
     #[track_caller]
     fn batch(&self, program: &str, commands: impl IntoIterator<Item = impl AsRef<str>>) {
         let batch: Vec<String> = commands.into_iter().map(|command| command.as_ref().to_owned()).collect();

@@ -7,7 +7,7 @@ use shunt_tests::traffic::Ports;
 use shunt_tests::wait;
 
 use crate::refusal::assert_dropped;
-use crate::rig::{Frontend, Offer, PORT, Proto, Rig, TARGET};
+use crate::rig::{self, Frontend, Offer, PORT, Proto, Rig, TARGET};
 use crate::talk::{Tcp, Udp};
 
 const WEB: Offer = Offer::new(1, "web");
@@ -59,6 +59,14 @@ fn a_removed_endpoint_loses_datagrams_at_once_over_flannel() {
     let rig = build(Plan::flannel(2));
     rig.cluster.route_vips(rig.node(0));
     datagrams_move_and_connections_stay(&rig, &rig.node(0).pods[1].place, Frontend::ClusterIp);
+    datagrams_move_and_connections_stay(&rig, &rig.cluster.client.place, Frontend::NodePort);
+}
+
+#[test]
+fn a_removed_endpoint_loses_datagrams_at_once_by_filters() {
+    let rig = Rig::build_with(Plan::flannel(2), rig::by_filters);
+    rig.cluster.route_vips(rig.node(0));
+    datagrams_move_and_connections_stay(&rig, &rig.node(0).pods[1].place.unhooked(), Frontend::ClusterIp);
     datagrams_move_and_connections_stay(&rig, &rig.cluster.client.place, Frontend::NodePort);
 }
 
@@ -153,8 +161,9 @@ fn connections_by_packets_are_reset_when_their_endpoint_is_gone_and_others_go_on
 /// Devices get their programs as they come, whatever the pods are connected by.
 #[test]
 fn pods_made_later_are_clients_and_backends_like_the_others() {
-    for plan in [Plan::default().strict(), Plan::bridge().strict()] {
-        let mut rig = Rig::build(plan);
+    let plans = [Plan::default().strict(), Plan::bridge().strict()];
+    for (plan, is_by_filters) in plans.into_iter().flat_map(|plan| [(plan, false), (plan, true)]) {
+        let mut rig = if is_by_filters { Rig::build_with(plan, rig::by_filters) } else { Rig::build(plan) };
         let pod = rig.cluster.nodes[0].add_pod();
         rig.agents[0].wait_log(&format!("programs attached device=\"{}\"", pod.device));
         let _server = pod.place.unhooked().serve(Ports { tcp: &[TARGET], udp: &[TARGET] });

@@ -212,6 +212,47 @@ fn nothing_fails_while_the_layout_of_the_tables_changes() {
     scene.finish();
 }
 
+/// Filters and links take turns on all devices, the tables' layout changes meanwhile and without them: each hook has both for
+/// a moment, and packets are translated once.
+#[test]
+fn nothing_fails_while_links_and_filters_take_each_others_place() {
+    let mut scene = Scene::build();
+    let ids = scene.ids();
+    let steps: [&[Flag]; 8] = [
+        &[("--attach", "clsact")],
+        &[],
+        &[(LAYOUT_VERSION, "7")],
+        &[("--max-flows", "131072")],
+        &[("--attach", "tcx")],
+        &[("--attach", "clsact"), (LAYOUT_VERSION, "8")],
+        &[("--attach", "tcx"), ("--max-flows", "65536")],
+        &[("--attach", "clsact")],
+    ];
+    let mut attach = "auto";
+    for (number, step) in steps.iter().enumerate() {
+        let before = scene.rig.counters(0);
+        match number % 2 {
+            0 => scene.agent().crash(),
+            _ => assert!(scene.agent().stop().success()),
+        }
+        scene.wait_answers();
+        for (option, value) in *step {
+            scene.agent().set(option, *value);
+            attach = if *option == "--attach" { value } else { attach };
+        }
+        scene.agent().start();
+        scene.agent().wait_log("adopted=true");
+        let status: Value = serde_json::from_str(&scene.agent().shunt(["status", "-o", "json"])).expect("an object");
+        assert_eq!(status["attach"], json!([attach]), "{step:?}");
+        scene.assert_tidy();
+        assert_eq!(scene.ids(), ids, "{step:?}");
+        assert_not_less(&scene.rig.counters(0), &before);
+        scene.assert_steady();
+        scene.wait_answers();
+    }
+    scene.finish();
+}
+
 /// What has no room is refused before anything changes.
 #[test]
 fn tables_that_are_too_small_are_refused_by_name_and_harm_nothing() {

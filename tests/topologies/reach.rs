@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use shunt_tests::place::Place;
 use shunt_tests::topology::{Addrs, Family, Offloads, Overlay, Plan, PodLink};
 
-use crate::rig::{Counters, Frontend, Offer, Proto, Rig, TARGET};
+use crate::rig::{self, Counters, Frontend, Offer, Proto, Rig, TARGET};
 
 /// Who dials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,7 +180,18 @@ fn all_backends(rig: &Rig, client: &Client, frontend: Frontend, backends: &[&Bac
 /// The claim of this module, on one topology.
 #[track_caller]
 fn everyone_is_served(plan: Plan) {
-    let rig = Rig::build(plan);
+    everyone_is_served_by(Rig::build(plan));
+}
+
+/// The same where programs run in filters.
+#[track_caller]
+fn everyone_is_served_by_filters(plan: Plan) {
+    everyone_is_served_by(Rig::build_with(plan, rig::by_filters));
+}
+
+#[track_caller]
+fn everyone_is_served_by(rig: Rig) {
+    let plan = *rig.cluster.plan();
     rig.cluster.route_vips(rig.node(0));
     let backends = backends(&rig);
     for kind in Kind::ALL {
@@ -229,4 +240,14 @@ fn flannel_on_two_strict_nodes() {
 #[test]
 fn vxlan_without_masquerade() {
     everyone_is_served(Plan { nodes: 2, overlay: Overlay::Vxlan, ..Plan::default().strict() });
+}
+
+#[test]
+fn routed_pods_on_two_strict_nodes_by_filters() {
+    everyone_is_served_by_filters(Plan { nodes: 2, ..Plan::default().strict() });
+}
+
+#[test]
+fn flannel_on_two_strict_nodes_by_filters() {
+    everyone_is_served_by_filters(Plan::flannel(2));
 }

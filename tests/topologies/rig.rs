@@ -129,6 +129,11 @@ impl Rig {
     }
 }
 
+/// An agent whose programs run in filters, as on kernels without tcx.
+pub fn by_filters(agent: Agent) -> Agent {
+    agent.with("--attach", "clsact")
+}
+
 fn services_of(agent: &Agent) -> Vec<Value> {
     serde_json::from_str(&agent.shunt(["services", "-o", "json"])).expect("a list")
 }

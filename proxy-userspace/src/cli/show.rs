@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::table::{Format, Row, print_json, print_rows};
 use super::{ShowArgs, StatusArgs};
+use crate::datapath::device::Means;
 use crate::datapath::inspect::{self, Attached, FlowView, Traffic};
 use crate::datapath::kernel::MapFds;
 use crate::datapath::pins::{self, Pins};
@@ -48,6 +49,8 @@ struct StatusView {
     agent: bool,
     socket_hooks: usize,
     devices: Vec<String>,
+    /// How they have their programs; two ways while one takes the place of the other.
+    attach: Vec<&'static str>,
     /// Those that run the XDP program.
     xdp_devices: Vec<String>,
     tables: BTreeMap<&'static str, Use>,
@@ -91,6 +94,7 @@ fn status_view(pins: &Pins, maps: &MapFds) -> Result<StatusView> {
         agent: pins.is_locked()?,
         socket_hooks: pins::list(&pins.cgroup_links())?.len(),
         devices: inspect::attached(pins)?.into_iter().map(device_name).collect(),
+        attach: inspect::means(pins)?.into_iter().map(Means::name).collect(),
         xdp_devices: inspect::attached_xdp(pins)?.into_iter().map(device_name).collect(),
         tables: BTreeMap::from([
             ("services", used(tables.services.len(), limits.services)),
@@ -119,6 +123,7 @@ fn status_text(view: &StatusView) -> String {
         format!("table layout  {}", view.layout),
         format!("socket hooks  {} attached", view.socket_hooks),
         format!("devices       {}", list(&view.devices)),
+        format!("attached by   {}", if view.attach.is_empty() { "-".to_owned() } else { view.attach.join(" ") }),
         format!("XDP           {}", list(&view.xdp_devices)),
         String::new(),
     ];

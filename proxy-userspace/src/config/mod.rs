@@ -26,7 +26,7 @@ use jiff::SignedDuration;
 use proxy_common::abi::config::MAX_CIDRS;
 
 use crate::datapath::conntrack;
-use crate::datapath::device::Choice;
+use crate::datapath::device::{Attach, Choice};
 use crate::datapath::kernel::Sizes;
 use crate::model::{Family, Name, NodeFacts, NodePortAddresses, NotAPolicy, PrimaryAddresses, StalePolicy};
 use crate::source::decode::field::parse_unicast;
@@ -54,6 +54,8 @@ pub struct Config {
     pub stale: StalePolicy,
     /// Which devices get programs.
     pub devices: Choice,
+    /// How they get them.
+    pub attach: Attach,
     /// What the kernel's connection tracking is set to.
     pub conntrack: conntrack::Wanted,
     /// Ports for rewritten sources.
@@ -242,6 +244,7 @@ impl Config {
             masquerade_all: flags.masquerade_all,
             stale,
             devices: Choice { only: flags.devices, except: flags.exclude_devices, xdp: flags.xdp },
+            attach: flags.attach,
             conntrack,
             snat_ports,
             sizes,
@@ -456,6 +459,15 @@ mod tests {
         let access = config("--kubeconfig f --api-server 192.0.2.1:6443").unwrap().kubernetes;
         assert_eq!(access, Some(Access::Kubeconfig { file: "f".into(), server: Some(server()) }));
         assert!(config("--manifests m").unwrap().kubernetes.is_none());
+    }
+
+    #[test]
+    fn the_means_of_attachment_is_typed_or_written() {
+        let file = format!("{OWN}manifests: m\nattach: clsact\n");
+        assert_eq!(load(&file, "").unwrap().config.attach, Attach::Clsact);
+        assert_eq!(load(&file, "--attach tcx").unwrap().config.attach, Attach::Tcx);
+        assert_eq!(config("--manifests m").unwrap().attach, Attach::Auto);
+        assert_eq!(load(&file.replace("clsact", "xdp"), "").unwrap_err().len(), 1);
     }
 
     #[test]

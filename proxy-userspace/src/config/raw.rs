@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use crate::datapath::device::Xdp;
+use crate::datapath::device::{Attach, Xdp};
 use crate::source::kubernetes::access::SERVICE_ACCOUNT;
 
 /// Where `--bpffs` is by default.
@@ -137,7 +137,17 @@ pub struct AgentFlags {
     #[arg(long, value_name = "GLOB", value_delimiter = ',', help_heading = "Datapath")]
     pub exclude_devices: Vec<String>,
 
-    /// How programs are attached to devices; tcx needs Linux 6.6
+    /// How programs are attached to devices
+    ///
+    /// tcx: by links, which leave what others attach alone and which nobody can remove by accident. It needs Linux 6.6.
+    ///
+    /// clsact: by filters named shunt:* (`tc filter show dev DEV ingress`), before all others on the way in and after them on
+    /// the way out. A filter before them that passes a packet for good (TC_ACT_OK) hides it from the others, on the way out
+    /// from Shunt. A device with a qdisc `ingress`, in whose place clsact would have to be, is not served. Not for two agents
+    /// in one network namespace: the later one takes the filters of the first.
+    ///
+    /// A change takes effect at the next start; connections go on. `shunt cleanup` removes filters, and the qdiscs that the
+    /// agent made unless somebody else has come to use them.
     #[arg(long, value_enum, default_value_t, help_heading = "Datapath")]
     pub attach: Attach,
 
@@ -298,16 +308,6 @@ pub enum Switch {
     On,
     /// No
     Off,
-}
-
-/// `--attach`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Attach {
-    /// The best that the kernel has
-    #[default]
-    Auto,
-    /// Links, Linux 6.6
-    Tcx,
 }
 
 /// `--log-format`.

@@ -1,15 +1,18 @@
 //! Links: which program runs where. Every link is pinned, so that it outlives the agent; a new agent puts its programs
-//! behind the links it finds.
+//! behind the links it finds. On devices of kernels without links, filters do what links do elsewhere ([`Means`], `filter`).
 //!
 //! Order of replacement: programs that undo (egress, recvmsg, getpeername) before programs that translate, so that no
 //! translated packet or socket meets an older program on its way back. XDP translates, ahead of the tcx programs of its
 //! device and relying on them: replaced last, detached first.
 //!
+//! From one means to the other, a hook gets the new attachment before it loses the old one; that a packet which meets both is
+//! translated once is seen to by [`Gates`].
+//!
 //! What somebody else detaches, or unpins, is attached again: every [`INSPECTION`] all links are looked at.
 //!
 //! XDP is attached in the driver or not at all. A device that refuses it is served by tcx alone, as most devices are: that is
 //! no failure, and it is not tried again before the device or the agent is new.
-//! May touch: links, their pins, the `devices` map. Which device gets what is decided in `device`.
+//! May touch: links, their pins, filters by way of `filter`, the `devices` map. Which device gets what is decided in `device`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -28,7 +31,10 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
-use super::device::{Attachment, Choice, Device, Xdp, decide_attachment, wants_xdp};
+use super::clsact;
+use super::device::{Attachment, Choice, Device, Means, Xdp, decide_attachment, wants_xdp};
+use super::filter;
+use super::gate::Gates;
 use super::guard::Guard;
 use super::handover::{self, Handover};
 use super::kernel::{self, Continuations, MapFds, Programs};
@@ -219,7 +225,7 @@ pub fn detach_dialling(pins: &Pins) -> Result<(), pins::Error> {
 
 /// True if programs of an earlier agent run.
 pub fn has_links(pins: &Pins) -> Result<bool, pins::Error> {
-    let directories = [pins.cgroup_links(), pins.tcx_links(), pins.xdp_links()];
+    let directories = [pins.cgroup_links(), pins.tcx_links(), pins.filters(), pins.xdp_links()];
     directories.iter().try_fold(false, |found, directory| Ok(found || !pins::list(directory)?.is_empty()))
 }
 
@@ -228,9 +234,15 @@ pub fn detach_all(pins: &Pins) -> Result<usize, pins::Error> {
     let mut links = pins::list(&pins.xdp_links())?;
     links.extend(pins::list(&pins.cgroup_links())?);
     links.extend(pins::list(&pins.tcx_links())?);
+    links.extend(pins::list(&pins.filters())?);
     links.sort_by_key(|pin| direction_of(pin) == Direction::Reverse);
-    links.iter().try_for_each(|pin| detach(pin))?;
+    links.iter().try_for_each(|pin| take_off(pins, pin))?;
     Ok(links.len())
+}
+
+/// Detaches what a pin stands for, a link or a filter, and removes the pin.
+fn take_off(pins: &Pins, pin: &Path) -> Result<(), pins::Error> {
+    if pin.parent() == Some(&pins.filters()) { filter::remove(pins, pin) } else { detach(pin) }
 }
 
 /// What a pinned link does, by the name of its pin.
@@ -318,6 +330,13 @@ impl Pair {
             Attachment::BridgePort(_) => Self { ingress: "ingress_port", egress: "egress" },
         }
     }
+
+    const fn program(&self, direction: Direction) -> &'static str {
+        match direction {
+            Direction::Reverse => self.egress,
+            Direction::Forward => self.ingress,
+        }
+    }
 }
 
 /// The XDP program.
@@ -347,6 +366,7 @@ pub struct DeviceLinks {
     /// Network namespace cookie: interface indices mean something only within it.
     netns: u64,
     choice: Choice,
+    means: Means,
     programs: Programs,
     ports: Table<u32, DeviceRecord>,
     attached: BTreeMap<u32, Attached>,
@@ -357,11 +377,19 @@ pub struct DeviceLinks {
 
 impl DeviceLinks {
     /// Attaches nothing yet. `netns` is the cookie of the namespace whose devices will be given.
-    pub fn new(pins: &Pins, netns: u64, choice: Choice, programs: Programs, maps: &MapFds) -> Result<Self, Error> {
+    pub fn new(
+        pins: &Pins,
+        netns: u64,
+        choice: Choice,
+        means: Means,
+        programs: Programs,
+        maps: &MapFds,
+    ) -> Result<Self, Error> {
         Ok(Self {
             pins: pins.clone(),
             netns,
             choice,
+            means,
             programs,
             ports: Table::open(maps, "devices")?,
             attached: BTreeMap::new(),
@@ -384,10 +412,10 @@ impl DeviceLinks {
     /// Puts this agent's programs of one direction behind the links that an earlier agent left, in all devices. Those that
     /// undo go to the others too: a packet that is translated at the first device may leave by the last one.
     pub fn replace(&mut self, network: &Network, facts: &NodeFacts, direction: Direction) -> Vec<Error> {
-        let mut errors = Vec::new();
+        let mut errors = self.change_means(network, direction);
         for device in network.devices.values() {
             let Ok(attachment) = decide_attachment(device, &self.choice) else { continue };
-            if direction == Direction::Reverse || self.pin(device.index, direction).exists() {
+            if direction == Direction::Reverse || self.is_pinned(device.index, direction) {
                 errors.extend(self.attach_one(device, attachment, direction).err());
             }
             if direction == Direction::Forward && self.xdp_pin(device.index).exists() {
@@ -530,20 +558,130 @@ impl DeviceLinks {
         Ok(())
     }
 
+    /// Moves one hook of all devices that have a program by the other means to the wanted one; they get programs that do what
+    /// ours do, to be replaced by these. What fails is told and left to who attaches the programs themselves.
+    fn change_means(&self, network: &Network, direction: Direction) -> Vec<Error> {
+        let other = self.other_means();
+        let is_other = |device: &&Device| self.pin(other, device.index, direction).exists();
+        let mut moves: Vec<_> = network
+            .devices
+            .values()
+            .filter(is_other)
+            .filter_map(|device| {
+                Some((device, Pair::of(decide_attachment(device, &self.choice).ok()?).program(direction)))
+            })
+            .collect();
+        let mut errors = Vec::new();
+        if moves.is_empty() {
+            return errors;
+        }
+        let mut gates = BTreeMap::new();
+        for name in moves.iter().map(|(_, name)| *name).collect::<BTreeSet<_>>() {
+            match self.gates(name) {
+                Ok(made) => drop(gates.insert(name, made)),
+                Err(error) => errors.push(error),
+            }
+        }
+        let mut each = |step: &dyn Fn(&Device, &'static str, &Gates) -> Result<(), Error>| {
+            moves.retain(|(device, name)| {
+                let Some(gates) = gates.get(name) else { return false };
+                step(device, name, gates).map_err(|error| errors.push(error)).is_ok()
+            });
+        };
+        match self.means {
+            Means::Clsact => {
+                each(&|device, name, gates| self.ensure_link(device, name, gates.first.as_fd(), direction).map(drop));
+                maps::wait_for_programs();
+                each(&|device, name, gates| {
+                    self.ensure_filter(device, name, gates.second.as_fd(), direction)?;
+                    self.take_off(&self.pin(other, device.index, direction))
+                });
+                maps::wait_for_programs();
+            }
+            Means::Tcx => {
+                each(&|device, name, gates| {
+                    self.ensure_filter(device, name, gates.second.as_fd(), direction)?;
+                    self.ensure_link(device, name, gates.first.as_fd(), direction).map(drop)
+                });
+                maps::wait_for_programs();
+                each(&|device, _, _| self.take_off(&self.pin(other, device.index, direction)));
+            }
+        }
+        errors
+    }
+
+    fn gates(&self, name: &'static str) -> Result<Gates, Error> {
+        let made = Gates::new(self.programs.get(name)?, &self.pins);
+        made.map_err(|source| Error::Link {
+            action: "change the attachment of",
+            program: name,
+            target: "devices".to_owned(),
+            source,
+        })
+    }
+
+    const fn other_means(&self) -> Means {
+        match self.means {
+            Means::Tcx => Means::Clsact,
+            Means::Clsact => Means::Tcx,
+        }
+    }
+
+    /// Attaches a program by the wanted means, then takes off what the device has by the other one.
     fn attach_one(&self, device: &Device, attachment: Attachment, direction: Direction) -> Result<Link, Error> {
-        let pair = Pair::of(attachment);
-        let (name, hook, place) = match direction {
-            Direction::Reverse => (pair.egress, Hook::BPF_TCX_EGRESS, Place::Last),
-            Direction::Forward => (pair.ingress, Hook::BPF_TCX_INGRESS, Place::First),
+        let name = Pair::of(attachment).program(direction);
+        let program = self.programs.get(name)?;
+        let link = match self.means {
+            Means::Tcx => self.ensure_link(device, name, program, direction),
+            Means::Clsact => self.ensure_filter(device, name, program, direction),
+        }?;
+        self.take_off(&self.pin(self.other_means(), device.index, direction))?;
+        Ok(link)
+    }
+
+    fn ensure_link(
+        &self,
+        device: &Device,
+        name: &'static str,
+        program: BorrowedFd<'_>,
+        direction: Direction,
+    ) -> Result<Link, Error> {
+        let (hook, place) = match direction {
+            Direction::Reverse => (Hook::BPF_TCX_EGRESS, Place::Last),
+            Direction::Forward => (Hook::BPF_TCX_INGRESS, Place::First),
         };
         let wanted = Wanted {
-            program: self.programs.get(name)?,
+            program,
             name,
             target: LinkTarget::Tcx(device.index),
-            pin: self.pin(device.index, direction),
+            pin: self.pin(Means::Tcx, device.index, direction),
         };
         let create = || sys::link_tcx(wanted.program, device.index, hook, place);
         wanted.ensure(create, || device.name.clone())
+    }
+
+    fn ensure_filter(
+        &self,
+        device: &Device,
+        name: &'static str,
+        program: BorrowedFd<'_>,
+        direction: Direction,
+    ) -> Result<Link, Error> {
+        let wanted = filter::Wanted {
+            pins: &self.pins,
+            netns: self.netns,
+            device: device.index,
+            hook: filter_hook(direction),
+            program,
+            name,
+        };
+        match wanted.ensure() {
+            Ok(is_new) => Ok(if is_new { Link::New } else { Link::Kept }),
+            Err(filter::Error::Pins(error)) => Err(error.into()),
+            Err(filter::Error::Kernel { action, source }) => {
+                Err(Error::Link { action, program: name, target: device.name.clone(), source })
+            }
+        }
     }
 
     /// Attaches again what served devices have lost.
@@ -551,8 +689,7 @@ impl DeviceLinks {
         for (index, attached) in &self.attached {
             let Some(device) = network.devices.get(index) else { continue };
             for direction in Direction::ORDER {
-                let pair = Pair::of(attached.attachment);
-                let program = if direction == Direction::Reverse { pair.egress } else { pair.ingress };
+                let program = Pair::of(attached.attachment).program(direction);
                 repair.note(program, &device.name, self.attach_one(device, attached.attachment, direction));
             }
             if let Some(record) = &attached.record {
@@ -583,12 +720,19 @@ impl DeviceLinks {
         self.attached.remove(&index);
         self.release_xdp(index)?;
         for direction in Direction::ORDER.into_iter().rev() {
-            let pin = self.pin(index, direction);
-            if pin.exists() {
-                detach(&pin)?;
+            for means in Means::ALL {
+                self.take_off(&self.pin(means, index, direction))?;
             }
         }
         self.ports.remove(&index)?;
+        Ok(())
+    }
+
+    /// Detaches what a pin stands for, if it is there.
+    fn take_off(&self, pin: &Path) -> Result<(), Error> {
+        if pin.exists() {
+            take_off(&self.pins, pin)?;
+        }
         Ok(())
     }
 
@@ -601,15 +745,16 @@ impl DeviceLinks {
             refused.retain(|index, _| network.devices.contains_key(index));
             refused.len() != before
         });
-        let links = [pins::list(&self.pins.xdp_links())?, pins::list(&self.pins.tcx_links())?];
-        for pin in links.concat() {
-            match parse_pin(&pin) {
+        let directories = [self.pins.xdp_links(), self.pins.tcx_links(), self.pins.filters()];
+        let lists = directories.iter().map(|directory| pins::list(directory)).collect::<Result<Vec<_>, _>>()?;
+        for pin in lists.concat() {
+            match pins::device_of(&pin) {
                 Some((netns, index)) if netns == self.netns && network.devices.contains_key(&index) => {}
                 Some((netns, index)) => {
                     if netns != self.netns {
                         warn!(pin = %pin.display(), "link of another network namespace removed");
                     }
-                    detach(&pin)?;
+                    take_off(&self.pins, &pin)?;
                     self.ports.remove(&index)?;
                 }
                 None => warn!(pin = %pin.display(), "foreign pin left alone"),
@@ -622,20 +767,28 @@ impl DeviceLinks {
         self.pins.xdp_links().join(format!("{:x}-{index}", self.netns))
     }
 
-    fn pin(&self, index: u32, direction: Direction) -> PathBuf {
+    fn is_pinned(&self, index: u32, direction: Direction) -> bool {
+        Means::ALL.into_iter().any(|means| self.pin(means, index, direction).exists())
+    }
+
+    fn pin(&self, means: Means, index: u32, direction: Direction) -> PathBuf {
         let hook = match direction {
             Direction::Reverse => "egress",
             Direction::Forward => "ingress",
         };
-        self.pins.tcx_links().join(format!("{:x}-{index}-{hook}", self.netns))
+        match means {
+            Means::Tcx => self.pins.tcx_links().join(format!("{:x}-{index}-{hook}", self.netns)),
+            Means::Clsact => filter::pin(&self.pins, self.netns, index, filter_hook(direction)),
+        }
     }
 }
 
-/// Namespace and interface index in the name of a link's pin.
-fn parse_pin(pin: &Path) -> Option<(u64, u32)> {
-    let mut parts = pins::file_name(pin)?.split('-');
-    let netns = u64::from_str_radix(parts.next()?, 16).ok()?;
-    Some((netns, parts.next()?.parse().ok()?))
+/// Where a device's filter of a direction is.
+const fn filter_hook(direction: Direction) -> clsact::Hook {
+    match direction {
+        Direction::Reverse => clsact::Hook::Egress,
+        Direction::Forward => clsact::Hook::Ingress,
+    }
 }
 
 /// Why a device refuses the XDP program, in words. (The kernel's own go to whoever reads its trace events.)
@@ -992,13 +1145,6 @@ mod tests {
         ] {
             assert!(words(number).contains(part), "{}", words(number));
         }
-    }
-
-    #[test]
-    fn pin_names_tell_namespace_and_device() {
-        assert_eq!(parse_pin(Path::new("/x/links/tcx/1f-12-ingress")), Some((0x1f, 12)));
-        assert_eq!(parse_pin(Path::new("/x/links/xdp/1f-12")), Some((0x1f, 12)));
-        assert_eq!(parse_pin(Path::new("/x/links/tcx/eth0")), None);
     }
 
     #[test]

@@ -133,6 +133,51 @@ pub enum Xdp {
     Off,
 }
 
+/// `--attach`: how programs get onto devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Attach {
+    /// tcx where the kernel has it, else clsact
+    #[default]
+    Auto,
+    /// Links, from Linux 6.6 on
+    Tcx,
+    /// Filters of the devices' clsact qdiscs, on every kernel
+    Clsact,
+}
+
+/// What of the kernel runs programs on devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Means {
+    /// Links to the devices' tcx hooks.
+    Tcx,
+    /// Filters of the devices' clsact qdiscs.
+    Clsact,
+}
+
+impl Means {
+    /// Both, the better one first.
+    pub const ALL: [Self; 2] = [Self::Tcx, Self::Clsact];
+
+    /// The name in output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
+
+/// Decides how programs get onto devices. `probe` tries whether the kernel has a means; only what may be taken is tried.
+pub fn decide_means<E>(attach: Attach, probe: impl Fn(Means) -> Result<(), E>) -> Result<Means, E> {
+    match attach {
+        Attach::Auto => {
+            probe(Means::Tcx).map(|()| Means::Tcx).or_else(|_| probe(Means::Clsact).map(|()| Means::Clsact))
+        }
+        Attach::Tcx => probe(Means::Tcx).map(|()| Means::Tcx),
+        Attach::Clsact => probe(Means::Clsact).map(|()| Means::Clsact),
+    }
+}
+
 /// Decides which programs `device` gets.
 pub fn decide_attachment(device: &Device, choice: &Choice) -> Result<Attachment, Skip> {
     if device.is_loopback {
@@ -344,5 +389,17 @@ mod tests {
             }
             prop_assert_eq!(matches_glob(&pattern, &name), defined(pattern.as_bytes(), name.as_bytes()));
         }
+    }
+
+    #[test]
+    fn the_means_is_what_is_wanted_and_there() {
+        let decide =
+            |attach, there: &[Means]| decide_means(attach, |means| there.contains(&means).then_some(()).ok_or(means));
+        let old = [Means::Clsact];
+        assert_eq!(decide(Attach::Auto, &Means::ALL), Ok(Means::Tcx));
+        assert_eq!(decide(Attach::Auto, &old), Ok(Means::Clsact));
+        assert_eq!(decide(Attach::Clsact, &Means::ALL), Ok(Means::Clsact));
+        assert_eq!(decide(Attach::Tcx, &old), Err(Means::Tcx));
+        assert_eq!(decide(Attach::Auto, &[]), Err(Means::Clsact));
     }
 }

@@ -17,6 +17,8 @@ use proxy_common::lb::flow::{Hot, Seconds};
 use proxy_common::verdict::DropReason;
 use serde::Serialize;
 
+use super::device::Means;
+use super::filter;
 use super::kernel::{MapFds, on_map};
 use super::maps::{Error, PerCpu, Table};
 use super::pins::{self, Pins};
@@ -32,7 +34,29 @@ pub struct Attached {
 
 /// Devices that have programs now.
 pub fn attached(pins: &Pins) -> Result<Vec<Attached>, pins::Error> {
-    attached_by(&pins.tcx_links())
+    let by_means = Means::ALL.map(|means| attached_by_means(pins, means));
+    let mut devices = by_means.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
+    devices.sort();
+    devices.dedup();
+    Ok(devices)
+}
+
+/// By which means they have them; two while one takes the place of the other.
+pub fn means(pins: &Pins) -> Result<Vec<Means>, pins::Error> {
+    let by_means = Means::ALL.map(|means| Ok((means, attached_by_means(pins, means)?)));
+    let by_means = by_means.into_iter().collect::<Result<Vec<_>, pins::Error>>()?;
+    Ok(by_means.into_iter().filter(|(_, devices)| !devices.is_empty()).map(|(means, _)| means).collect())
+}
+
+fn attached_by_means(pins: &Pins, means: Means) -> Result<Vec<Attached>, pins::Error> {
+    match means {
+        Means::Tcx => attached_by(&pins.tcx_links()),
+        Means::Clsact => {
+            let filters = pins::list(&pins.filters())?.into_iter().filter(|pin| filter::is_there(pin));
+            let devices = filters.filter_map(|pin| pins::device_of(&pin));
+            Ok(devices.map(|(_, ifindex)| Attached { ifindex }).collect())
+        }
+    }
 }
 
 /// Devices that run the XDP program now.

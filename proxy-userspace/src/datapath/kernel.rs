@@ -18,6 +18,8 @@ use tracing::warn;
 
 use super::btf::{self, Field};
 use super::carry;
+use super::clsact;
+use super::device::Means;
 use super::handover::Handover;
 use super::kfunc::{self, KFUNCS, Kfunc};
 use super::layout::{self, Excess, Mismatch, Step};
@@ -90,8 +92,15 @@ pub struct Unsupported {
     pub since: &'static str,
 }
 
-/// Tries whether programs can be attached to devices by links. `classifier` is any loaded TC program.
-pub fn probe_tcx(classifier: BorrowedFd<'_>) -> Result<(), Unsupported> {
+/// Tries whether the kernel has a means of running programs on devices. `classifier` is any loaded TC program.
+pub fn probe(means: Means, classifier: BorrowedFd<'_>) -> Result<(), Unsupported> {
+    match means {
+        Means::Tcx => probe_tcx(classifier),
+        Means::Clsact => probe_clsact(classifier),
+    }
+}
+
+fn probe_tcx(classifier: BorrowedFd<'_>) -> Result<(), Unsupported> {
     /// No device has it: a kernel that knows the hook answers ENODEV, one that does not EINVAL.
     const NO_DEVICE: u32 = i32::MAX as u32;
     let hook = aya_obj::generated::bpf_attach_type::BPF_TCX_INGRESS;
@@ -99,6 +108,26 @@ pub fn probe_tcx(classifier: BorrowedFd<'_>) -> Result<(), Unsupported> {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             Err(Unsupported { feature: "tcx (links of programs to devices)", since: "6.6" })
         }
+        _ => Ok(()),
+    }
+}
+
+/// Makes a filter, in a network namespace that nobody else sees.
+fn probe_clsact(classifier: BorrowedFd<'_>) -> Result<(), Unsupported> {
+    const LOOPBACK: u32 = 1;
+    let attempt = || {
+        sys::leave_netns()?;
+        clsact::ensure_qdisc(LOOPBACK)?;
+        clsact::add(LOOPBACK, clsact::Hook::Egress, classifier, "probe")
+    };
+    let attempted = std::thread::scope(|scope| scope.spawn(attempt).join().expect("nothing in it panics"));
+    match attempted {
+        // A qdisc or a filter of a kind that the kernel does not know.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => {
+            let feature = "clsact (CONFIG_NET_SCH_INGRESS) or filters that run programs (CONFIG_NET_CLS_BPF)";
+            Err(Unsupported { feature, since: "4.5" })
+        }
+        // What else there is shows at the devices.
         _ => Ok(()),
     }
 }

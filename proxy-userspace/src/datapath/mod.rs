@@ -12,8 +12,10 @@
 //! | [`carry`] | what is copied between layouts, and what becomes of what changes meanwhile |
 //! | [`convert`] | records of older versions |
 //! | [`btf`] | what the kernel's own types say |
-//! | [`attach`] | links to control group and devices |
 //! | [`guard`] | pins that somebody else removes are made again |
+//! | [`attach`] | programs on control group and devices |
+//! | [`clsact`], [`filter`] | programs on devices of kernels without links to them |
+//! | [`gate`] | what keeps packets whole while a device goes from one means to the other |
 //! | [`device`] | which devices get which programs: a pure decision |
 //! | [`network`] | devices and addresses of the node, live |
 //! | [`other_proxies`] | traces of other service proxies |
@@ -47,6 +49,11 @@
 //!
 //! No other part of the agent touches a map, a program or a link. Desired state comes in, status goes out.
 //!
+//! Kernels before 6.6 have no links to devices. There, or if `--attach clsact` says so, programs run in filters of the devices'
+//! clsact qdiscs: the same programs, at the same places, taken over by the next agent and replaced in one step likewise. What
+//! is different: anybody can remove a filter by accident, a filter of somebody else may decide about a packet before ours sees
+//! it, and only who is in the device's namespace can remove ours. Where *tcx* is written, clsact is meant too.
+//!
 //! XDP comes before the tcx programs of an uplink, and never instead of them: what it passes, and every device without it, is
 //! served by tcx alone. It is off unless asked for. Attaching it makes many drivers reset their queues, and switches off LRO
 //! and hardware GRO, which a node with mostly bulk traffic would miss; and no measurement on hardware says yet what it gains.
@@ -60,12 +67,15 @@ pub mod backoff;
 pub mod btf;
 pub mod carry;
 pub mod conntrack;
+pub mod clsact;
 pub mod convert;
 pub mod device;
 pub mod dry_run;
 pub mod fake;
 pub mod fullness;
 pub mod guard;
+pub mod filter;
+pub mod gate;
 pub mod handover;
 pub mod inspect;
 pub mod kept;

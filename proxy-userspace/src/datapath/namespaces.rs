@@ -2,7 +2,8 @@
 //!
 //! Found by /proc: so the agent has to see the node's processes (hostPID in a pod). A namespace in which no process lives has no
 //! sockets of a process that was started there; one that a process opened elsewhere and took along is not found.
-//! May touch: /proc/PID/ns/net; the namespace of the calling thread.
+//! What is attached to a device by netlink can be taken off only from within the device's own: [`within`].
+//! May touch: /proc/PID/ns/net, and where `ip netns` binds namespaces; the namespace of the calling thread.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -66,6 +67,39 @@ impl Namespace {
         }
         Ok(false)
     }
+}
+
+/// Where `ip netns` binds namespaces.
+const BOUND: &str = "/run/netns";
+
+/// What `work` returns, run in the network namespace with this cookie; none if there is no such namespace, or none that can be
+/// seen from here.
+pub fn within<T: Send>(cookie: u64, work: impl FnOnce() -> T + Send) -> io::Result<Option<T>> {
+    if sys::netns_cookie()? == cookie {
+        return Ok(Some(work()));
+    }
+    // A thread of its own: it enters one after the other, and never comes back.
+    std::thread::scope(|scope| {
+        let search = std::thread::Builder::new().name("namespace".to_owned()).spawn_scoped(scope, || {
+            let found = candidates().into_iter().find(|path| is_entered(path, cookie));
+            found.map(|_| work())
+        })?;
+        Ok(search.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}
+
+/// Files that stand for namespaces.
+fn candidates() -> Vec<PathBuf> {
+    let list = |directory: &str| fs::read_dir(directory).into_iter().flatten().flatten();
+    let of_processes = list("/proc").map(|process| process.path().join("ns/net"));
+    list(BOUND).map(|bound| bound.path()).chain(of_processes).collect()
+}
+
+/// Enters a namespace; true if it is the wanted one.
+fn is_entered(path: &Path, cookie: u64) -> bool {
+    // A process may have ended, a file may be no namespace.
+    let entered = File::open(path).and_then(|file| sys::enter_netns(file.as_fd()));
+    entered.and_then(|()| sys::netns_cookie()).is_ok_and(|found| found == cookie)
 }
 
 #[cfg(test)]

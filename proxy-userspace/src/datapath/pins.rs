@@ -8,6 +8,7 @@
 //!   gone/MAP              a layout that is being removed; likewise
 //!   links/cgroup/PROGRAM
 //!   links/tcx/COOKIE-IFINDEX-HOOK    COOKIE: network namespace
+//!   links/clsact/COOKIE-IFINDEX-HOOK the program of a filter, which has no link
 //!   links/xdp/COOKIE-IFINDEX
 //!   continuations/ID      programs in which others go on, by map id: one map for each load of the programs
 //!   notes/NOTE            what cleanup has to undo besides
@@ -15,12 +16,13 @@
 //! Links lie outside the layout's directory: they stay when a new layout takes over, only the programs behind them change.
 //! Of several generations the highest counts, whoever looks: it gets its name by one rename, when it is complete and right
 //! before the first link runs its programs. Lower ones are there as long as programs that use them may run.
-//! Programs are not pinned themselves: a link holds its program, and what the command line wants of one it reaches through the link.
+//! Programs that have a link are not pinned themselves: it holds its program, and what the command line wants of one it reaches through the link.
 //! May touch: the BPF file system below DIR, nothing else.
 
 use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -154,6 +156,11 @@ impl Pins {
         self.base.join("links/tcx")
     }
 
+    /// Directory of the programs in filters of devices.
+    pub fn filters(&self) -> PathBuf {
+        self.base.join("links/clsact")
+    }
+
     /// Directory of the links to devices that run the XDP program.
     pub fn xdp_links(&self) -> PathBuf {
         self.base.join("links/xdp")
@@ -162,10 +169,8 @@ impl Pins {
     /// Makes the directories, on a BPF file system, mounting one if there is none.
     pub fn prepare(&self) -> Result<(), Error> {
         self.mount()?;
-        for directory in [self.cgroup_links(), self.tcx_links(), self.xdp_links(), self.continuations()] {
-            create_directory(&directory)?;
-        }
-        Ok(())
+        let links = [self.cgroup_links(), self.tcx_links(), self.filters(), self.xdp_links()];
+        links.iter().chain([&self.continuations()]).try_for_each(|directory| create_directory(directory))
     }
 
     /// Makes a directory below, if it is not there.
@@ -237,7 +242,7 @@ impl Pins {
 
     /// Removes the directories that this type made, and the mount if it was ours. Fails while anything else is there.
     pub fn remove_directories(&self) -> Result<(), Error> {
-        for directory in ["links/cgroup", "links/tcx", "links/xdp", "links", "continuations"] {
+        for directory in ["links/cgroup", "links/tcx", "links/clsact", "links/xdp", "links", "continuations"] {
             remove_directory(&self.base.join(directory))?;
         }
         // Files are the kernel's own (`maps.debug`, `progs.debug` in the root of the file system); all that we make here are
@@ -347,6 +352,24 @@ pub fn list(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     entries.map(|entry| entry.map(|entry| entry.path()).map_err(at("list", directory))).collect()
 }
 
+/// Namespace cookie and interface index in the name of a pin that stands for a device.
+pub fn device_of(pin: &Path) -> Option<(u64, u32)> {
+    let mut parts = file_name(pin)?.split('-');
+    let netns = u64::from_str_radix(parts.next()?, 16).ok()?;
+    Some((netns, parts.next()?.parse().ok()?))
+}
+
+/// Pins an object in the place of what may be pinned there, in one step. (A rest of an earlier attempt beside it is no pin
+/// of anything.)
+pub fn replace(object: BorrowedFd<'_>, path: &Path) -> Result<(), Error> {
+    let mut next = path.as_os_str().to_owned();
+    next.push("-next");
+    let next = PathBuf::from(next);
+    unpin(&next)?;
+    sys::pin(object, &next).map_err(at("pin", &next))?;
+    fs::rename(&next, path).map_err(at("rename", &next))
+}
+
 /// Removes a pin; it may be gone already.
 pub fn unpin(path: &Path) -> Result<(), Error> {
     match fs::remove_file(path) {
@@ -403,6 +426,13 @@ mod tests {
         for foreign in ["next", "gone", "links", "v", "vx", "v1-", "v1-x", "v1-2-3"] {
             assert_eq!(Layout::parse(foreign), None, "{foreign}");
         }
+    }
+
+    #[test]
+    fn pin_names_tell_namespace_and_device() {
+        assert_eq!(device_of(Path::new("/x/links/tcx/1f-12-ingress")), Some((0x1f, 12)));
+        assert_eq!(device_of(Path::new("/x/links/xdp/1f-12")), Some((0x1f, 12)));
+        assert_eq!(device_of(Path::new("/x/links/tcx/eth0")), None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Each function is safe to call and returns the kernel's own error; names and paths are added by the callers.
 //! May touch: libc only. No policy here.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -278,6 +278,84 @@ pub fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
     object_info::<Info>(fd).map(|info| info.id)
 }
 
+/// An instruction of a BPF program (`struct bpf_insn`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Instruction {
+    /// What is done, with what kind of operands.
+    pub code: u8,
+    registers: u8,
+    /// In memory, or of a jump.
+    pub offset: i16,
+    /// An operand.
+    pub constant: i32,
+}
+
+impl Instruction {
+    /// An operation on registers `to` and `from`, each as far as it has them.
+    pub const fn new(code: u8, to: u8, from: u8, offset: i16, constant: i32) -> Self {
+        // Two bit fields of four bits, in the order of the machine.
+        let registers = if cfg!(target_endian = "little") { from << 4 | to } else { to << 4 | from };
+        Self { code, registers, offset, constant }
+    }
+
+    /// The register that is written, or compared.
+    pub const fn to(&self) -> u8 {
+        if cfg!(target_endian = "little") { self.registers & 15 } else { self.registers >> 4 }
+    }
+
+    /// The register that is read.
+    pub const fn from(&self) -> u8 {
+        if cfg!(target_endian = "little") { self.registers >> 4 } else { self.registers & 15 }
+    }
+}
+
+/// Loads a TC program that calls no function reserved to GPL programs.
+pub fn load_classifier(instructions: &[Instruction], name: &CStr) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct LoadAttr {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+        kernel_version: u32,
+        flags: u32,
+        name: [u8; 16],
+    }
+    let mut attr = LoadAttr {
+        kind: aya_obj::generated::bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS as u32,
+        count: instructions.len() as u32,
+        instructions: address(instructions),
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        ..Default::default()
+    };
+    // The last byte stays zero.
+    attr.name.iter_mut().take(15).zip(name.to_bytes()).for_each(|(byte, letter)| *byte = *letter);
+    // SAFETY: instructions and licence live until the call returns; the command returns a descriptor.
+    unsafe { bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr) }
+}
+
+/// A map with room for one program to tail-call.
+pub fn new_program_array() -> io::Result<OwnedFd> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct CreateAttr {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        flags: u32,
+    }
+    let kind = aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_PROG_ARRAY as u32;
+    let mut attr = CreateAttr { kind, key_size: 4, value_size: 4, max_entries: 1, flags: 0 };
+    // SAFETY: no pointers; the command returns a descriptor.
+    unsafe { bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr) }
+}
+
 /// Attaches a program to a control group; the attachment lives as long as the descriptor or a pin of it.
 pub fn link_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<OwnedFd> {
     let mut attr =
@@ -549,6 +627,13 @@ pub fn netns_cookie() -> io::Result<u64> {
     // Any socket belongs to a namespace; a UNIX one needs no address family to be up.
     let socket = OwnedFd::from(std::os::unix::net::UnixDatagram::unbound()?);
     socket_number(socket.as_fd(), SO_NETNS_COOKIE)
+}
+
+/// Moves the calling thread into a network namespace of its own, which ends with it.
+pub fn leave_netns() -> io::Result<()> {
+    // SAFETY: no pointers.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// True if `path` lies on a BPF file system.
