@@ -52,7 +52,8 @@ fn copy_established(key: &FlowKey) -> *mut FlowValue {
     }
     let Some(real) = maps::flows.get_ptr(key) else { return core::ptr::null_mut() };
     // SAFETY: a map element, valid until the program ends.
-    let _ = maps::dry_flows.insert(key, unsafe { &*real }, BPF_ANY as u64);
+    let real = unsafe { &*real };
+    let _ = maps::dry_flows.insert(key, real, BPF_ANY as u64);
     maps::dry_flows.get_ptr_mut(key).unwrap_or(core::ptr::null_mut())
 }
 
@@ -63,7 +64,8 @@ fn copy_pending(key: &FlowKey) -> *mut FlowValue {
     }
     let Some(real) = maps::flows_pending.get_ptr(key) else { return core::ptr::null_mut() };
     // SAFETY: a map element, valid until the program ends.
-    let _ = maps::dry_flows_pending.insert(key, unsafe { &*real }, BPF_ANY as u64);
+    let real = unsafe { &*real };
+    let _ = maps::dry_flows_pending.insert(key, real, BPF_ANY as u64);
     maps::dry_flows_pending.get_ptr_mut(key).unwrap_or(core::ptr::null_mut())
 }
 

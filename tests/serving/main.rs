@@ -11,8 +11,8 @@ mod lease;
 mod samples;
 
 mod config;
-mod family;
 mod dashboard;
+mod family;
 mod health;
 mod metrics;
 mod node_port;

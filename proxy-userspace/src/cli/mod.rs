@@ -13,10 +13,10 @@
 
 mod agent;
 mod cleanup;
-mod explain;
-mod monitor;
-mod host;
 mod doctor;
+mod explain;
+mod host;
+mod monitor;
 mod show;
 mod table;
 

@@ -108,7 +108,7 @@ pub(super) fn run(args: &MonitorArgs) -> Result<()> {
     let mut monitor = Monitor::open(&pins, &maps, Watch { kinds, addr, ..Watch::ZERO })?;
     let (begun, mut renewed, mut shown) = (Instant::now(), Instant::now(), 0);
     loop {
-        while let Some(record) = monitor.next() {
+        while let Some(record) = monitor.take() {
             let Some(event) = Event::of(&record, &lookup) else { continue };
             if args.service.as_ref().is_some_and(|text| !event.service.contains(text.as_str())) {
                 continue;

@@ -499,10 +499,7 @@ winkernel:
             fields.sort();
             fields.join(" ")
         };
-        assert_eq!(
-            sorted(notes.ignored),
-            "conntrack.max featureGates ipvs.excludeCIDRs oomScoreAdj"
-        );
+        assert_eq!(sorted(notes.ignored), "conntrack.max featureGates ipvs.excludeCIDRs oomScoreAdj");
         assert_eq!(sorted(notes.unknown), "conntrack.extra newField");
         let different: Vec<_> = notes.different.into_iter().map(|(field, _)| field).collect();
         assert_eq!(different, ["detectLocalMode", "mode"]);

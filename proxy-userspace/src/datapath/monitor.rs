@@ -79,7 +79,7 @@ impl Monitor {
     }
 
     /// The next event, if there is one.
-    pub fn next(&mut self) -> Option<EventRecord> {
+    pub fn take(&mut self) -> Option<EventRecord> {
         loop {
             let item = self.events.next()?;
             if let Some(record) = parse(&item) {

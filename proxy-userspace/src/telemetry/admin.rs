@@ -22,10 +22,10 @@ use tracing::{debug, warn};
 
 use super::source::{SourceReport, Sources};
 use crate::datapath::attach::XdpRefusal;
+use crate::datapath::device::Choice;
 use crate::datapath::fullness::NearlyFull;
 use crate::datapath::node;
 use crate::datapath::overlap::Overlaps;
-use crate::datapath::device::Choice;
 use crate::datapath::reconcile::Status;
 use crate::health::node_port::Refusals;
 use crate::planner::Subject;
@@ -259,8 +259,7 @@ mod tests {
         let (_full, nearly_full) = watch::channel(NearlyFull::default());
         let (_taken, overlaps) = watch::channel(Overlaps::default());
         let (sources, devices) = (sources(&Contact::default()), Choice::default());
-        let reports =
-            Reports { status, sources, health_checks, xdp_refused: refused, nearly_full, overlaps, devices };
+        let reports = Reports { status, sources, health_checks, xdp_refused: refused, nearly_full, overlaps, devices };
         let server = tokio::spawn(serve(path.clone(), reports));
         sleep(3 * LISTEN_RETRY).await;
         assert!(!server.is_finished());
