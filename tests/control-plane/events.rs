@@ -36,12 +36,12 @@ fn a_node_tells_its_start_and_what_it_lacks() {
     let busy = place.serve(Ports { tcp: &[10256, 10249], udp: &[] });
     rig.start_agents();
     let events = |node: usize| events_about(&rig, "Node", &names[node], &names[node]);
-    for node in 0..2 {
+    for (node, name) in names.iter().enumerate() {
         let started = until_some("the start of an agent", || {
             with_reason(&events(node), "Starting").first().map(|event| Value::clone(event))
         });
         assert_eq!((&started["type"], &started["action"]), (&json!("Normal"), &json!("StartKubeProxy")), "{started}");
-        assert_eq!(started["reportingInstance"], format!("shunt-{}", names[node]));
+        assert_eq!(started["reportingInstance"], format!("shunt-{name}"));
     }
     for reason in ["FailedToStartProxierHealthcheck", "FailedToStartMetricServer"] {
         until(reason, || with_reason(&events(0), reason).len() == 1);

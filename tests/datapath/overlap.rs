@@ -1,6 +1,5 @@
 //! NodePorts that something else on the node has too: it is named, and the service works.
 
-use serde_json::Value;
 use shunt_tests::traffic::Ports;
 use shunt_tests::wait;
 
@@ -16,7 +15,7 @@ fn problem(node: &Lone, name: &str) -> Option<String> {
     let report = node.status()["report"].clone();
     let subject = format!("manifests/default/{name}");
     let problems = report["problems"].as_array().expect("a list").iter();
-    let of_service = problems.filter(|problem| problem["subject"] == Value::from(subject.clone()));
+    let of_service = problems.filter(|problem| problem["subject"] == *subject);
     of_service.map(|problem| problem["message"].as_str().expect("text").to_owned()).next()
 }
 

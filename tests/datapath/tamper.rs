@@ -12,7 +12,7 @@ use proxy_common::addr::Port;
 use proxy_userspace::datapath::kernel::MapFds;
 use proxy_userspace::datapath::maps::{KernelMaps, Maps as _, NodeConfig};
 use proxy_userspace::datapath::{pins, restore};
-use proxy_userspace::planner::{Cidrs, Op, Tables};
+use proxy_userspace::planner::{Op, Tables};
 use shunt_tests::place::Place;
 use shunt_tests::traffic::{Ports, Server};
 use shunt_tests::wait;
@@ -53,7 +53,7 @@ fn tables(node: &Lone) -> Tables {
 
 /// Changes that leave nothing of the tables.
 fn erasure(tables: &Tables) -> Vec<Op> {
-    let mut ops = vec![Op::PutCidrs(Box::new(Cidrs::default()))];
+    let mut ops = vec![Op::PutCidrs(Box::default())];
     ops.extend(tables.frontends.keys().map(|at| Op::DeleteFrontend { at: *at }));
     ops.extend(tables.addresses.keys().map(|addr| Op::DeleteAddress { addr: *addr }));
     ops.extend(tables.slots.keys().map(|base| Op::WriteSlots { base: *base, slots: vec![Slot::ZERO] }));
