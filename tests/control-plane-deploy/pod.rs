@@ -77,7 +77,8 @@ pub fn config(pod: &Value, container: &Value, host: &Host) -> Value {
     mounts.extend(list(&container["volumeMounts"]).map(|mount| volume(pod, mount, host)));
     mounts.push(bind(&host.service_account(), SERVICE_ACCOUNT, "rprivate", true));
     mounts.push(bind(&host.hosts(), "/etc/hosts", "rprivate", true));
-    let namespaces = ["mount", "pid", "ipc", "uts", "cgroup"].map(|kind| json!({"type": kind}));
+    let kinds = ["mount", "pid", "ipc", "uts", "cgroup"].into_iter();
+    let namespaces = kinds.filter(|kind| *kind != "pid" || pod["hostPID"] != true).map(|kind| json!({"type": kind}));
     let network = json!({"type": "network", "path": host.netns});
     let (masked, read_only): (&[&str], &[&str]) = if is_privileged { (&[], &[]) } else { (&MASKED, &READ_ONLY) };
     json!({
@@ -95,7 +96,7 @@ pub fn config(pod: &Value, container: &Value, host: &Host) -> Value {
         "mounts": mounts,
         "linux": {
             "cgroupsPath": format!("/{}", host.containers),
-            "namespaces": namespaces.into_iter().chain([network]).collect::<Vec<_>>(),
+            "namespaces": namespaces.chain([network]).collect::<Vec<_>>(),
             "maskedPaths": masked,
             "readonlyPaths": read_only,
             "rootfsPropagation": if is_privileged { "rshared" } else { "rslave" },
