@@ -1,4 +1,4 @@
-//! What happens, told to `shunt monitor` by a ring buffer: connections that are opened and refused, never single packets of one.
+//! What happens, told to `shunt monitor` by a ring buffer: connections that are opened and refused, and what is dropped; never other packets of one.
 //!
 //! While nobody watches, an event costs a look at one word. Who watches says so again and again, so that nothing is told any
 //! more a moment after he is gone. A full buffer loses events, and counts them.

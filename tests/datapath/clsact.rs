@@ -249,7 +249,7 @@ fn a_device_with_another_qdisc_at_its_ingress_is_told_and_left_alone() {
     tc(&node, "qdisc add dev peer ingress");
     node.spawn(CLSACT);
     node.log("it has a qdisc of kind ingress");
-    assert_eq!(node.filter_pair("eth0"), ordinary());
+    wait::until("programs of the other device", || node.filter_pair("eth0") == ordinary());
     assert_eq!(node.filter_pair("peer"), nothing());
     tc(&node, "qdisc del dev peer ingress");
     wait::until("programs where there is room for them", || node.filter_pair("peer") == ordinary());

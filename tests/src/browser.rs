@@ -3,8 +3,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 
@@ -133,6 +135,12 @@ impl Browser {
         self.commands.write_all(format!("{command}\0").as_bytes()).expect("the browser takes commands");
         loop {
             let mut text = Vec::new();
+            // The pipe is open at this end too: it would never tell that the browser is gone.
+            let mut patience = [PollFd::new(self.answers.get_ref().as_fd(), PollFlags::POLLIN)];
+            let waits = self.answers.buffer().is_empty();
+            let limit = PollTimeout::try_from(wait::PATIENCE).expect("less than a month");
+            let is_silent = waits && poll(&mut patience, limit).expect("a pipe can be waited for") == 0;
+            assert!(!is_silent, "the browser does not answer {method}: {}", self.process);
             self.answers.read_until(0, &mut text).expect("the browser answers");
             text.pop();
             let message: Value = serde_json::from_slice(&text)

@@ -19,7 +19,8 @@ pub struct Args {
 
 /// Everything that can be installed is there.
 pub fn run(args: &Args) -> Result<()> {
-    let needs: Vec<Need> = [&build::NEEDS[..], &test::NEEDS, &lint::NEEDS].concat();
+    let of_suites = test::NEEDS_OF_SUITES.map(|(_, need)| need);
+    let needs: Vec<Need> = [&build::NEEDS[..], &test::NEEDS, &of_suites, &lint::NEEDS].concat();
     need::ensure(&needs)?;
     let toolchain = toolchain::ensure(args.toolchain)?;
     run::say(&format!(

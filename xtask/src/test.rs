@@ -42,7 +42,7 @@ pub struct Args {
 }
 
 /// What the suites run.
-pub const NEEDS: [Need; 13] = [
+pub const NEEDS: [Need; 9] = [
     Need::Program("ip", "iproute2"),
     Need::Program("tc", "iproute2"),
     Need::Program("nft", "nftables"),
@@ -52,10 +52,14 @@ pub const NEEDS: [Need; 13] = [
     Need::Program("iperf3", "iperf3"),
     Need::Program("sysctl", "procps"),
     Need::Program("nsenter", "util-linux"),
-    Need::Program("runc", "runc"),
-    Need::Program("skopeo", "skopeo"),
-    Need::Program("systemd-analyze", "systemd"),
-    Need::Program("chromium", "chromium fonts-dejavu-core"),
+];
+
+/// What single suites run besides.
+pub const NEEDS_OF_SUITES: [(&str, Need); 4] = [
+    ("control-plane-deploy", Need::Program("runc", "runc")),
+    ("control-plane-deploy", Need::Program("skopeo", "skopeo")),
+    ("datapath", Need::Program("systemd-analyze", "systemd")),
+    ("page", Need::Program("chromium", "chromium fonts-dejavu-core")),
 ];
 
 /// How the names of the suites begin that want the real Kubernetes control plane.
@@ -131,9 +135,14 @@ fn run_suites(runner: &Runner, suites: &[TestBinary], report: &mut Report) -> Re
         if listed == 0 {
             continue;
         }
-        match suite_env(suite)? {
-            Ok(env) => report.add(&suite.label(), runner.run(suite, env)?),
-            Err(why) => report.skip(&suite.label(), listed, &why),
+        // What one suite lacks is no reason not to run the others.
+        match suite_env(suite) {
+            Ok(Ok(env)) => report.add(&suite.label(), runner.run(suite, env)?),
+            Ok(Err(why)) => report.skip(&suite.label(), listed, &why),
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                report.add_failure(&suite.label());
+            }
         }
     }
     for left in leftover::look().difference(&before) {
@@ -145,6 +154,8 @@ fn run_suites(runner: &Runner, suites: &[TestBinary], report: &mut Report) -> Re
 /// The variables a suite wants, or why it cannot be run here.
 fn suite_env(suite: &TestBinary) -> Result<Result<Vec<(&'static str, String)>, String>> {
     let mut env = suite_vars();
+    let needs: Vec<_> = NEEDS_OF_SUITES.into_iter().filter(|(name, _)| *name == suite.target).collect();
+    need::ensure(&needs.into_iter().map(|(_, need)| need).collect::<Vec<_>>())?;
     if suite.target.starts_with(CONTROL_PLANE_SUITES) {
         match control_plane::ensure()? {
             Availability::Ready { bin_dir } => env.push(("SHUNT_CONTROL_PLANE_BIN", bin_dir.display().to_string())),

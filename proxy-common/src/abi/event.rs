@@ -35,7 +35,7 @@ abi! {
     pub struct EventRecord [112] {
         /// CLOCK_MONOTONIC_COARSE, nanoseconds.
         pub time: u64,
-        /// Who dialled; of a socket that is not bound, unspecified.
+        /// Who dialled; of sockets unspecified, they have no address yet.
         pub client: Addr,
         /// What was dialled.
         pub frontend: Addr,
@@ -75,8 +75,8 @@ abi! {
         pub kinds: u32,
         /// Only what has this address at one of its ends; unspecified: everything.
         pub addr: Addr,
-        /// Only about this service; 0: all.
-        pub service: u32,
+        /// Zero.
+        pub reserved: u32,
         /// Events that found no room since this was set, about.
         pub lost: u32,
     }
@@ -86,11 +86,24 @@ impl Watch {
     /// True if an event with these ends is wanted.
     #[inline(always)]
     pub fn wants(&self, event: &EventRecord) -> bool {
-        let any_service = self.service == 0 || event.service == 0 || self.service == event.service;
-        let any_address = self.addr == Addr::UNSPECIFIED_V6
+        self.addr == Addr::UNSPECIFIED_V6
             || self.addr == event.client
             || self.addr == event.frontend
-            || self.addr == event.backend;
-        any_service && any_address
+            || self.addr == event.backend
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_wanted_at_any_end() {
+        let at = |last: u32| Addr([0, 0, 0xffff_0000, last]);
+        let event = EventRecord { client: at(1), frontend: at(2), backend: at(3), ..EventRecord::ZERO };
+        assert!(Watch::ZERO.wants(&event));
+        for last in 1..=4 {
+            assert_eq!(Watch { addr: at(last), ..Watch::ZERO }.wants(&event), last != 4, "{last}");
+        }
     }
 }

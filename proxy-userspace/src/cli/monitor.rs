@@ -28,7 +28,8 @@ pub(super) struct MonitorArgs {
     /// Only these kinds
     #[arg(long, value_name = "KIND", value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
     kinds: Vec<Kind>,
-    /// Only what has this address at one of its ends: client, what is dialled, or backend
+    /// Only what has this address at one of its ends: what is dialled, the backend, or a packet's sender (sockets that dial have
+    /// no address yet: they are told by process)
     #[arg(long, value_name = "ADDR")]
     address: Option<IpAddr>,
     /// Only services whose name has this in it, such as `shop/` or `web:http`
@@ -108,7 +109,11 @@ pub(super) fn run(args: &MonitorArgs) -> Result<()> {
     let mut monitor = Monitor::open(&pins, &maps, Watch { kinds, addr, ..Watch::ZERO })?;
     let (begun, mut renewed, mut shown) = (Instant::now(), Instant::now(), 0);
     loop {
-        while let Some(record) = monitor.take() {
+        let is_over = || args.duration.is_some_and(|duration| begun.elapsed() >= duration);
+        while !is_over()
+            && renewed.elapsed() < RENEW
+            && let Some(record) = monitor.take()
+        {
             let Some(event) = Event::of(&record, &lookup) else { continue };
             if args.service.as_ref().is_some_and(|text| !event.service.contains(text.as_str())) {
                 continue;
@@ -119,7 +124,7 @@ pub(super) fn run(args: &MonitorArgs) -> Result<()> {
                 return Ok(());
             }
         }
-        if args.duration.is_some_and(|duration| begun.elapsed() >= duration) {
+        if is_over() {
             return Ok(());
         }
         if renewed.elapsed() >= RENEW {
@@ -129,6 +134,7 @@ pub(super) fn run(args: &MonitorArgs) -> Result<()> {
             if monitor.lost() > lost {
                 eprintln!("note: about {} events found no room and are not shown", monitor.lost() - lost);
             }
+            continue;
         }
         std::thread::sleep(LOOK);
     }

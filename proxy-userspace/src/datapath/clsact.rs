@@ -23,7 +23,7 @@ use rtnetlink::sys::Socket;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 
 /// What the names of our filters begin with.
-const NAME: &str = "shunt:";
+pub const NAME: &str = "shunt:";
 /// Handle of our filters: others ask for 1 or take what the kernel gives, from 1 up.
 const HANDLE: u32 = 0x5368;
 /// The qdisc's kind.

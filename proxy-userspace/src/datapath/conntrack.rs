@@ -12,6 +12,8 @@ use std::time::Duration;
 use proxy_common::lb::flow::lifetime;
 use tracing::{info, warn};
 
+use super::reserve;
+
 /// What is asked for; nothing by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
@@ -83,12 +85,13 @@ pub fn apply(wanted: &Wanted) {
     let cpus = aya::util::online_cpus().map_or(1, |cpus| cpus.len());
     for (name, value) in wanted.settings(cpus) {
         let path = format!("{DIRECTORY}/{name}");
-        match set(&path, value) {
+        let result = set(&path, value);
+        match &result {
             Ok(false) => {}
             Ok(true) => info!(path, value, "set as the configuration asks"),
             Err(error) => warn!(path, value, %error, "cannot be set as the configuration asks; it stays as it is"),
         }
-        if name == MAX {
+        if name == MAX && result.is_ok() {
             grow_buckets(value);
         }
     }
@@ -121,7 +124,7 @@ fn set(path: &str, value: u64) -> io::Result<bool> {
     if fs::read_to_string(path)?.trim() == text {
         return Ok(false);
     }
-    fs::write(path, text).map(|()| true)
+    reserve::write_setting(path, &text).map(|()| true)
 }
 
 #[cfg(test)]

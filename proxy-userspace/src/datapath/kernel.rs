@@ -520,6 +520,8 @@ pub(super) fn load_dry_run(object: &[u8], pins: &Pins, names: &[&str]) -> Result
     let current = pins.current()?.ok_or(()).map_err(unreadable)?;
     let pinned = MapFds::open_in(&pins.maps(current))?;
     let described = pinned.describe()?;
+    // What is not there would be made, and pinned.
+    LOOKED_UP.into_iter().try_for_each(|name| pinned.get(name).map(drop))?;
     let capacity = |name: &str| described.get(name).map_or(1, |info| info.max_entries);
     let sizes = Sizes { services: capacity("services"), backends: capacity("backends"), flows: 1 };
     let object = Loader::new(object, &sizes)?;

@@ -23,25 +23,28 @@ pub struct Namespace {
     paths: Vec<PathBuf>,
 }
 
-/// Every namespace once, that of the calling thread first.
-pub fn list(proc: &Path) -> io::Result<Vec<Namespace>> {
+/// Every namespace once, that of the calling thread first; and the number of processes whose namespace may not be asked for.
+pub fn list(proc: &Path) -> io::Result<(Vec<Namespace>, u64)> {
     let mut found: BTreeMap<u64, Vec<PathBuf>> = BTreeMap::new();
+    let mut denied = 0;
     for entry in fs::read_dir(proc)? {
         let name = entry?.file_name();
         if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
             continue;
         }
         let path = proc.join(name).join("ns/net");
-        // A process may end at any moment, and one that is ending has no namespace.
-        if let Ok(inode) = fs::metadata(&path).map(|metadata| metadata.ino()) {
-            found.entry(inode).or_default().push(path);
+        match fs::metadata(&path) {
+            Ok(metadata) => found.entry(metadata.ino()).or_default().push(path),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => denied += 1,
+            // A process may end at any moment, and one that is ending has no namespace.
+            Err(_) => {}
         }
     }
     let own = own(proc).ok();
     let rank = |inode: u64| (own.as_ref().is_none_or(|own| own.inode != inode), inode);
     let mut all: Vec<_> = found.into_iter().map(|(inode, paths)| Namespace { inode, paths }).collect();
     all.sort_by_key(|namespace| rank(namespace.inode));
-    Ok(all)
+    Ok((all, denied))
 }
 
 /// That of the calling thread.
@@ -109,7 +112,7 @@ mod tests {
     #[test]
     fn the_namespace_of_this_thread_is_found_once_and_comes_first() {
         let proc = Path::new("/proc");
-        let (own, all) = (own(proc).unwrap(), list(proc).unwrap());
+        let (own, (all, _)) = (own(proc).unwrap(), list(proc).unwrap());
         assert_eq!(all[0].inode, own.inode);
         assert_eq!(all.iter().filter(|namespace| namespace.inode == own.inode).count(), 1);
         let mine = proc.join(std::process::id().to_string()).join("ns/net");

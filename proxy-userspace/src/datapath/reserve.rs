@@ -55,9 +55,9 @@ pub enum Error {
 
 const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
-/// The same where a container that may not write its own /proc/sys gets the node's (`deploy/kustomize/base/daemon-set.yaml`).
+/// Where a container that may not write its own /proc/sys gets the node's (`deploy/kustomize/base/daemon-set.yaml`).
 /// Whichever way it is reached, it speaks of the network namespace of who asks.
-const RESERVED_ON_HOST: &str = "/host/proc/sys/net/ipv4/ip_local_reserved_ports";
+const ON_HOST: &str = "/host";
 
 /// Longer than the longest list: every second port, by up to five digits and a comma.
 const LONGEST: usize = 256 << 10;
@@ -340,13 +340,18 @@ pub(super) fn read_reserved() -> Result<PortSet, Error> {
 fn write_reserved(ports: &PortSet) -> Result<(), Error> {
     // An empty list is an empty line; an empty write changes nothing.
     let text = ports.text() + "\n";
-    let is_read_only = |error: &io::Error| error.kind() == io::ErrorKind::ReadOnlyFilesystem;
-    match fs::write(RESERVED, &text) {
+    write_setting(RESERVED, &text).map_err(sysctl("write"))
+}
+
+/// Writes a setting of the kernel, given its path below /proc/sys; in a container that may not write that, by [`ON_HOST`].
+pub(super) fn write_setting(path: &str, text: &str) -> io::Result<()> {
+    match fs::write(path, text) {
         // Where there is no other way, the first answer is the one to be told.
-        Err(error) if is_read_only(&error) => fs::write(RESERVED_ON_HOST, &text).map_err(|_| error),
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            fs::write(format!("{ON_HOST}{path}"), text).map_err(|_| error)
+        }
         result => result,
     }
-    .map_err(sysctl("write"))
 }
 
 fn sysctl(action: &'static str) -> impl FnOnce(io::Error) -> Error {

@@ -30,8 +30,8 @@ pub fn entries<'a>(
         if seen.len() == wanted.len() {
             break;
         }
-        match of_process(process, wanted, storage, &mut seen) {
-            Ok(entries) => found.extend(entries),
+        match of_process(process, wanted, storage, &mut seen, &mut found) {
+            Ok(()) => {}
             Err(error) if is_gone(&error) => {}
             Err(error) => refused = Some(error),
         }
@@ -44,8 +44,8 @@ fn of_process(
     wanted: &BTreeMap<u32, u64>,
     storage: BorrowedFd<'_>,
     seen: &mut BTreeSet<u64>,
-) -> io::Result<Entries> {
-    let mut found = Entries::new();
+    found: &mut Entries,
+) -> io::Result<()> {
     let mut handle: Option<OwnedFd> = None;
     for entry in fs::read_dir(process.join("fd"))? {
         let entry = entry?;
@@ -63,8 +63,8 @@ fn of_process(
             Err(error) if is_gone(&error) => continue,
             Err(error) => return Err(error),
         };
-        // The number may be another socket's by now.
-        if sys::socket_cookie(socket.as_fd())? != *cookie {
+        // The number may be another socket's by now, or no socket's.
+        if !sys::socket_cookie(socket.as_fd()).is_ok_and(|found| found == *cookie) {
             continue;
         }
         seen.insert(*cookie);
@@ -73,7 +73,7 @@ fn of_process(
             found.insert(*cookie, value[0]);
         }
     }
-    Ok(found)
+    Ok(())
 }
 
 fn open(process: &Path) -> io::Result<OwnedFd> {

@@ -56,6 +56,8 @@ pub const UDP_GRACE: Duration = Duration::from_secs(1);
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// How often it is asked whether an endpoint that drains is gone.
 const RECHECK: Duration = Duration::from_millis(500);
+/// How often connections are to be ended before what cannot be is let be.
+const TRIES: u32 = 5;
 /// Between two looks: a burst of changes is worth one.
 const GAP: Duration = Duration::from_millis(250);
 /// Between two walks through the table of flows, which takes looking at all of them.
@@ -193,8 +195,12 @@ impl Watch {
             let earliest = self.walked.map_or(now, |walked| walked + FLOWS_GAP);
             self.flows_at.get_or_insert(earliest.max(now + SECOND_LOOK));
         }
-        if let Some(policy) = lost.policy {
-            self.policies.extend(lost.frontends.iter().map(|at| (*at, policy)));
+        for at in &lost.frontends {
+            // One that asked for nothing leaves nothing of who had the frontend before.
+            match lost.policy {
+                Some(policy) => _ = self.policies.insert(*at, policy),
+                None => _ = self.policies.remove(at),
+            }
         }
     }
 
@@ -346,10 +352,14 @@ impl Reason {
     const fn advice(self) -> &'static str {
         match self {
             Self::Unsupported => "the kernel is built without CONFIG_INET_DIAG_DESTROY, by which sockets are closed",
-            Self::Namespaces => "/proc does not show the processes of this node",
+            Self::Namespaces => {
+                "/proc does not show the processes of this node and their namespaces, which takes CAP_SYS_PTRACE"
+            }
             Self::Enter => "network namespaces of pods cannot be entered, which takes CAP_SYS_ADMIN",
             Self::List => "sockets cannot be listed, which takes CONFIG_INET_TCP_DIAG and CONFIG_INET_UDP_DIAG",
-            Self::Owner => "UDP sockets of some processes cannot be looked at, which takes CAP_SYS_PTRACE",
+            Self::Owner => {
+                "UDP sockets of some processes cannot be looked at, which takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
+            }
             Self::Close => "sockets cannot be closed, which takes CAP_NET_ADMIN",
             Self::Flows => "the table of flows cannot be read or written",
         }
@@ -389,7 +399,7 @@ impl Look {
             outcome.fail(Reason::Flows, &error);
         }
         if let Some(storage) = self.reach.storage.as_ref().filter(|_| self.scopes.sockets != Scope::Nothing) {
-            match self.namespaces() {
+            match self.namespaces(&mut outcome) {
                 Ok(listed) => self.visit_all(&listed, storage, &mut outcome),
                 Err(error) => outcome.fail(Reason::Namespaces, &error),
             }
@@ -397,11 +407,13 @@ impl Look {
         outcome
     }
 
-    fn namespaces(&self) -> io::Result<Vec<Namespace>> {
-        let mut listed = namespaces::list(Path::new("/proc"))?;
+    fn namespaces(&self, outcome: &mut Outcome) -> io::Result<Vec<Namespace>> {
+        let (mut listed, denied) = namespaces::list(Path::new("/proc"))?;
         if !self.reach.in_all_namespaces {
             // The agent's own is the first.
             listed.truncate(1);
+        } else if denied > 0 {
+            outcome.fail(Reason::Namespaces, &io::Error::from(io::ErrorKind::PermissionDenied));
         }
         Ok(listed)
     }
@@ -556,6 +568,8 @@ pub struct Task {
     stop: Arc<AtomicBool>,
     /// Each is told once; the counter tells the rest.
     told: BTreeSet<Reason>,
+    /// Endings in a row that failed in part.
+    failed: u32,
 }
 
 /// The reconciler's ends: where it tells what a plan may have left behind, and where it is asked.
@@ -583,6 +597,7 @@ impl Task {
             metrics: Metrics::default(),
             stop: Arc::default(),
             told: BTreeSet::new(),
+            failed: 0,
         };
         Ok((task, Ends { lost: lost_sender, questions: asked }))
     }
@@ -651,8 +666,13 @@ impl Task {
         let Ok(standings) = answered.await else { return };
         let due = self.watch.judge(links.into_iter().zip(standings), Instant::now());
         if !due.is_empty() {
-            self.look(self.watch.places(&due), due.clone()).await;
-            self.watch.ended(&due);
+            let outcome = self.look(self.watch.places(&due), due.clone()).await;
+            self.failed = if outcome.failures.is_empty() { 0 } else { self.failed + 1 };
+            // What failed for a moment (memory, descriptors) is tried again; what is not allowed stays so.
+            if self.failed == 0 || self.failed >= TRIES {
+                self.failed = 0;
+                self.watch.ended(&due);
+            }
         }
     }
 
@@ -668,8 +688,9 @@ impl Task {
         let outcome = match spawned {
             Ok(_) => receiver.await.unwrap_or_default(),
             Err(error) => {
-                warn!(%error, "no thread can be started to look for stale connections");
-                Outcome::default()
+                let mut outcome = Outcome::default();
+                outcome.fail(Reason::List, &error);
+                outcome
             }
         };
         self.tell(&outcome, start.elapsed());

@@ -196,7 +196,7 @@ struct Fault(&'static str, Verdict, &'static str, fn(&mut Facts));
 use Verdict::{Failure, Note, Ok as Well, Unknown, Warning};
 
 const FAULTS: &[Fault] = &[
-    Fault("kernel-links", Failure, "no tcx", |f| kernel(f).has_tcx = Ok(false)),
+    Fault("kernel-links", Note, "no tcx", |f| kernel(f).has_tcx = Ok(false)),
     Fault("kernel-links", Unknown, "denied", |f| kernel(f).has_tcx = Err(Unseen("denied".into()))),
     Fault("kernel-links", Unknown, "denied", |f| f.survey.kernel = Err(Unseen("denied".into()))),
     Fault("kernel-source-address", Warning, "another node", |f| kernel(f).has_source_lookup = Some(false)),

@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use aya_obj::generated::bpf_attach_type::{BPF_TCX_EGRESS, BPF_TCX_INGRESS};
 
 use super::super::attach::SOCKET_HOOKS;
+use super::super::clsact;
 use super::super::device::Device;
+use super::super::filter;
 use super::super::pins::{self, Pins};
 use super::super::sys::{self, HookTarget, LinkTarget};
 use super::network::{DeviceSettings, Link, Links};
@@ -34,12 +36,18 @@ fn names() -> BTreeMap<u32, String> {
 
 /// Names of our attached programs that are not compiled to machine code.
 pub(super) fn interpreted(pins: &Pins) -> Vec<String> {
-    let directories = [pins.cgroup_links(), pins.tcx_links()];
-    let links = directories.iter().flat_map(|directory| pins::list(directory).unwrap_or_default());
-    let ours: Vec<u32> = links.filter_map(|pin| link(&pin)).map(|link| link.program).collect();
+    let list = |directory| pins::list(&directory).unwrap_or_default().into_iter();
+    let links = list(pins.cgroup_links()).chain(list(pins.tcx_links()));
+    let links = links.filter_map(|pin| link(&pin)).map(|link| link.program);
+    let ours: Vec<u32> = links.chain(list(pins.filters()).filter_map(|pin| program(&pin))).collect();
     let programs = aya::programs::loaded_programs().filter_map(Result::ok);
     let slow = programs.filter(|program| ours.contains(&program.id()) && program.size_jitted() == 0);
     slow.map(|program| program.name_as_str().unwrap_or_default().to_owned()).collect()
+}
+
+/// The id of a pinned program.
+fn program(pin: &Path) -> Option<u32> {
+    sys::program_id(sys::open_pin(pin).ok()?.as_fd()).ok()
 }
 
 fn link(pin: &Path) -> Option<sys::LinkInfo> {
@@ -173,7 +181,7 @@ pub struct Hook {
 pub struct DeviceHooks {
     /// What netlink says about it.
     pub device: Device,
-    /// The tcx hook of what comes in.
+    /// The tcx hook of what comes in; if our filter of the older kind is there instead, that one before the others.
     pub ingress: Hook,
     /// The tcx hook of what goes out.
     pub egress: Hook,
@@ -201,20 +209,26 @@ pub(super) fn devices(pins: &Pins, links: Links) -> Seen<Vec<DeviceHooks>> {
 fn device(pins: &Pins, netns: u64, names: &BTreeMap<u32, String>, found: Link) -> Seen<DeviceHooks> {
     let index = found.device.index;
     let pin = |hook: &str| pins.tcx_links().join(format!("{netns:x}-{index}-{hook}"));
-    let hook = |name: &str, kind| {
-        let programs = sys::attached_programs(HookTarget::Device(index), kind);
-        let programs = programs.map_err(|error| Unseen(format!("programs of a device cannot be listed: {error}")))?;
-        let ours = link(&pin(name)).filter(|link| link.target == LinkTarget::Tcx(index)).map(|link| link.program);
-        let programs: Vec<_> = programs.into_iter().map(|id| named(names, id)).collect();
+    let hook = |name: &str, kind, of_filter| {
+        let programs = match sys::attached_programs(HookTarget::Device(index), kind) {
+            // The kernel has no tcx.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Vec::new(),
+            result => result.map_err(|error| Unseen(format!("programs of a device cannot be listed: {error}")))?,
+        };
+        let filter = filter::pin(pins, netns, index, of_filter);
+        let filter = program(&filter).filter(|_| filter::is_there(&filter));
+        let linked = link(&pin(name)).filter(|link| link.target == LinkTarget::Tcx(index)).map(|link| link.program);
+        let ours = linked.or(filter);
+        let programs: Vec<_> = filter.into_iter().chain(programs).map(|id| named(names, id)).collect();
         Seen::Ok(Hook { ours: ours.filter(|id| programs.iter().any(|program| program.id == *id)), programs })
     };
     let xdp = link(&pins.xdp_links().join(format!("{netns:x}-{index}"))).map(|link| link.program);
     Ok(DeviceHooks {
-        ingress: hook("ingress", BPF_TCX_INGRESS)?,
-        egress: hook("egress", BPF_TCX_EGRESS)?,
+        ingress: hook("ingress", BPF_TCX_INGRESS, clsact::Hook::Ingress)?,
+        egress: hook("egress", BPF_TCX_EGRESS, clsact::Hook::Egress)?,
         foreign_xdp: found.xdp.filter(|id| Some(*id) != xdp).map(|id| named(names, id)),
         has_xdp: found.xdp.is_some() && found.xdp == xdp,
-        filters: found.filters,
+        filters: found.filters.into_iter().filter(|name| !name.starts_with(clsact::NAME)).collect(),
         mtu: found.mtu,
         lower: found.lower,
         settings: DeviceSettings::read(&found.device.name),

@@ -125,6 +125,7 @@ fn differences(before: &crate::model::Service, after: &crate::model::Service) ->
         (before.affinity != after.affinity, "affinity"),
         (before.health_check != after.health_check, "healthCheckNodePort"),
         (before.source_ranges != after.source_ranges, "source ranges"),
+        (before.stale != after.stale, "stale connections"),
     ];
     let parts: Vec<_> = parts.into_iter().filter(|(differs, _)| *differs).map(|(_, name)| name).collect();
     parts.join(", ")

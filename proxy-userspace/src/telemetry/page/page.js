@@ -117,6 +117,8 @@ function troubles(report) {
   for (const source of report.pending_sources) list.push([source, "has not listed everything yet; what was programmed for it stays"]);
   for (const one of report.refused) list.push([one.subject, one.message]);
   for (const one of report.problems) list.push([one.subject, one.message]);
+  for (const one of report.nearly_full) list.push([one.subject, `nearly full: ${one.message}`]);
+  for (const one of report.families_off) list.push([one.subject, `not served: ${one.message}`]);
   for (const one of report.xdp_refused) list.push([one.subject, `no XDP: ${one.message}`]);
   return list;
 }
