@@ -165,7 +165,7 @@ that no service has, which sends no packet and counts as one drop, `unknown_port
   unknown   it could not be looked at; why is said
   warning   something works less well than it could, or may break
   failure   services do not work for somebody
-Run it in the agent's network namespace, as root: in a cluster, in the agent's pod. What it says of processes holds for
+Run it in the agent's network namespace, as root: in a cluster, in the agent's pod (there with --cgroup /host/cgroup). What it says of processes holds for
 those that it sees (in a pod: with hostPID, all). A running agent adds how its sources stand, and which devices it was told
 to serve.
   sudo shunt doctor

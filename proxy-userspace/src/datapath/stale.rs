@@ -645,13 +645,15 @@ impl Task {
     async fn step(&mut self) {
         let scopes = self.watch.scopes(Instant::now());
         let has_looked = !scopes.is_nothing();
+        let start = Instant::now();
         if has_looked {
             let outcome = self.look(scopes, BTreeSet::new()).await;
             self.watch.take(outcome.links);
         }
         self.end_due().await;
         if has_looked {
-            tokio::time::sleep(GAP).await;
+            // However long looks take here, they are a small part of the time.
+            tokio::time::sleep((start.elapsed() * 10).clamp(GAP, FLOWS_GAP)).await;
         }
     }
 
