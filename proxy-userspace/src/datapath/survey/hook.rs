@@ -36,7 +36,7 @@ fn names() -> BTreeMap<u32, String> {
 
 /// Names of our attached programs that are not compiled to machine code.
 pub(super) fn interpreted(pins: &Pins) -> Vec<String> {
-    let list = |directory| pins::list(&directory).unwrap_or_default().into_iter();
+    let list = |directory: PathBuf| pins::list(&directory).unwrap_or_default().into_iter();
     let links = list(pins.cgroup_links()).chain(list(pins.tcx_links()));
     let links = links.filter_map(|pin| link(&pin)).map(|link| link.program);
     let ours: Vec<u32> = links.chain(list(pins.filters()).filter_map(|pin| program(&pin))).collect();
