@@ -23,10 +23,11 @@ pub struct Namespace {
     paths: Vec<PathBuf>,
 }
 
-/// Every namespace once, that of the calling thread first; and the number of processes whose namespace may not be asked for.
-pub fn list(proc: &Path) -> io::Result<(Vec<Namespace>, u64)> {
+/// Every namespace once, that of the calling thread first; and whether most processes may not be asked for theirs (a few that
+/// are guarded in some way are nothing to worry about).
+pub fn list(proc: &Path) -> io::Result<(Vec<Namespace>, bool)> {
     let mut found: BTreeMap<u64, Vec<PathBuf>> = BTreeMap::new();
-    let mut denied = 0;
+    let (mut seen, mut denied) = (0, 0);
     for entry in fs::read_dir(proc)? {
         let name = entry?.file_name();
         if !name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
@@ -34,7 +35,10 @@ pub fn list(proc: &Path) -> io::Result<(Vec<Namespace>, u64)> {
         }
         let path = proc.join(name).join("ns/net");
         match fs::metadata(&path) {
-            Ok(metadata) => found.entry(metadata.ino()).or_default().push(path),
+            Ok(metadata) => {
+                seen += 1;
+                found.entry(metadata.ino()).or_default().push(path);
+            }
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => denied += 1,
             // A process may end at any moment, and one that is ending has no namespace.
             Err(_) => {}
@@ -44,7 +48,7 @@ pub fn list(proc: &Path) -> io::Result<(Vec<Namespace>, u64)> {
     let rank = |inode: u64| (own.as_ref().is_none_or(|own| own.inode != inode), inode);
     let mut all: Vec<_> = found.into_iter().map(|(inode, paths)| Namespace { inode, paths }).collect();
     all.sort_by_key(|namespace| rank(namespace.inode));
-    Ok((all, denied))
+    Ok((all, denied > seen))
 }
 
 /// That of the calling thread.

@@ -408,11 +408,11 @@ impl Look {
     }
 
     fn namespaces(&self, outcome: &mut Outcome) -> io::Result<Vec<Namespace>> {
-        let (mut listed, denied) = namespaces::list(Path::new("/proc"))?;
+        let (mut listed, is_blind) = namespaces::list(Path::new("/proc"))?;
         if !self.reach.in_all_namespaces {
             // The agent's own is the first.
             listed.truncate(1);
-        } else if denied > 0 {
+        } else if is_blind {
             outcome.fail(Reason::Namespaces, &io::Error::from(io::ErrorKind::PermissionDenied));
         }
         Ok(listed)
