@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -30,16 +31,22 @@ const MORE: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 /// An option and its value.
 type Flag = (&'static str, &'static str);
 
+/// One scene at a time: its loads keep a machine of two cores busy, and an agent that starts beside two of them is late.
+static TURN: Mutex<()> = Mutex::new(());
+
 struct Scene {
     rig: Rig,
     loads: Vec<(String, Load)>,
     /// Clients of [`STEADY`], and the backend that each had first.
     steady: Vec<(Place, SocketAddr, String)>,
+    /// Released last.
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Scene {
     #[track_caller]
     fn build() -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let sizes = |agent: Agent| {
             agent.with("--max-services", "64").with("--max-backends", "256").with("--max-flows", "65536")
         };
@@ -50,7 +57,7 @@ impl Scene {
         let steady =
             STEADY.service().spec("sessionAffinity", json!("ClientIP")).spec("sessionAffinityConfig", affinity);
         rig.apply(&[&NEAR.to(pods[0]), &FAR.to(pods[1]), &steady.endpoints(pods)]);
-        let mut scene = Self { rig, loads: Vec::new(), steady: Vec::new() };
+        let mut scene = Self { rig, loads: Vec::new(), steady: Vec::new(), _turn: turn };
         scene.start_loads();
         scene.note_steady();
         scene
