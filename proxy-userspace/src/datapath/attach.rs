@@ -299,7 +299,8 @@ impl Wanted<'_> {
                 return Ok(Link::Kept);
             }
         }
-        // The new one first: between the two, both translate, and what is translated once is left alone by the other.
+        // The new one first: at another target, what is translated once is left alone by the other. (On one hook of a device it
+        // may be taken for a direct connection: see `gate`.)
         let link = create().map_err(failed(ATTACH))?;
         if old.is_some() {
             detach(&self.pin)?;
